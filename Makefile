@@ -1,0 +1,27 @@
+# Needs Python 3.11 and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONHASHSEED := 0
+
+.PHONY: book test attack notebooks clean
+
+book: .venv/ready
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+	@echo "open _build/html/index.html"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+attack: .venv/ready
+	$(BIN)/april attack --out attack.png
+
+notebooks: .venv/ready
+	$(BIN)/python tools/execute.py
+
+clean:
+	rm -rf _build .venv attack.png
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
