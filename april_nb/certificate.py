@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXACT', 'CONTRADICTION', 'rank_tolerance', 'System', 'Solution', 'solve', 'standard_error', 'Reconstruction', 'judge']
 
-# %% ../nbs/07_certificate.ipynb #40797646
+# %% ../nbs/07_certificate.ipynb #356d862c
+#| code-fold: true
 import math
 from dataclasses import dataclass
 
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from .federated import Update
 
-# %% ../nbs/07_certificate.ipynb #a6f7c3a7
+# %% ../nbs/07_certificate.ipynb #80974cdd
 def rank_tolerance(
     A: Tensor,           # shape (m, n)
     dtype: torch.dtype,  # the format in which its entries were sent
 ) -> float:              # τ, in the unit of A's singular values
     """Singular values below this may be rounding: of arithmetic (correlated), or of sending (independent)."""
-    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    eps, eps32, eps64 = (torch.finfo(t).eps for t in (dtype, torch.float32, torch.float64))
     m, n = A.shape
-    return A.norm().item() * max(min(eps, eps32), eps * (m ** -0.5 + n ** -0.5))
+    return A.norm().item() * max(min(eps, eps32), 16 * eps64, eps * (m ** -0.5 + n ** -0.5))
 
-# %% ../nbs/07_certificate.ipynb #02645bef
+# %% ../nbs/07_certificate.ipynb #7018174e
 @dataclass(frozen=True)
 class System:
     """The certificate of one solved linear system."""
@@ -52,7 +53,7 @@ def solve(
     B: Tensor,           # shape (m, k), float64
     name: str,           # of the system, for the certificate
     dtype: torch.dtype,  # the format in which the numbers in A and B were sent
-) -> Solution:
+) -> Solution:        # X, shape (n, k), with its certificate
     """Least squares by singular value decomposition, with a certificate.
 
     Directions below `rank_tolerance` are left out: what they would add is rounding.
@@ -67,19 +68,25 @@ def solve(
     free = max(m - rank, 1) * B.shape[1]
     floor = torch.finfo(dtype).eps * size / B.numel() ** 0.5
     noise = residual / free ** 0.5 if m > rank else floor
-    return Solution(X, System(name, rank, n, condition, residual / size if size else 0.0), (1 / s).norm().item(), noise)
+    system = System(name, rank, n, condition, residual / size if size else 0.0)
+    return Solution(X, system, (1 / s).norm().item(), noise)
 
-# %% ../nbs/07_certificate.ipynb #53e1f719
+# %% ../nbs/07_certificate.ipynb #209c8f7d
 def standard_error(
-    solution: Solution,      # of A X = B
-    then: Tensor | None = None,  # M, shape (k, j), if what is wanted is X M; identity otherwise
-) -> float:                  # root mean square error of an entry of X M
-    """Expected error of a solution from its own residual (Eq. `eq-standard-error`), possibly carried through a further map."""
-    n, k = solution.X.shape
-    entries, spread = (n * k, k ** 0.5) if then is None else (n * then.shape[1], then.norm().item())
-    return solution.noise * solution.gain * spread / entries ** 0.5
+    solution: Solution,            # of A X = B, which holds the noise
+    then: Solution | None = None,  # of M Yᵀ = Xᵀ, if the answer is carried on to Y
+) -> float:                        # root mean square error of an entry of X, or of Y; infinite where not unique
+    """Expected error of an answer from its own residual, by the textbook formula of regression.
 
-# %% ../nbs/07_certificate.ipynb #141e7b54
+    Independent errors of standard deviation ν in B end as ν² k ‖A⁺‖² in X, and as ν² ‖A⁺‖² ‖M⁺‖² in Y.
+    The second system, too, may have a residual; the larger of the two estimates counts.
+    """
+    if not solution.system.unique: return math.inf
+    if then is None: return solution.noise * solution.gain / len(solution.X) ** 0.5
+    carried = solution.noise * solution.gain * then.gain / then.X.numel() ** 0.5
+    return max(carried, standard_error(then))
+
+# %% ../nbs/07_certificate.ipynb #b0c80b69
 EXACT = 1e-3         # normalised pixels: a tenth of an 8-bit grey level
 CONTRADICTION = 100  # residuals beyond this multiple of ε are no rounding
 
@@ -102,12 +109,15 @@ def judge(
     for s in systems:
         if s.rank == 0: return "nothing-leaks", f"the coefficients of the {s.name} system are zero"
     for s in systems:
-        if not s.unique: return "not-unique", f"the {s.name} system has rank {s.rank} for {s.expected_rank} unknowns"
+        if not s.unique:
+            return "not-unique", f"the {s.name} system has rank {s.rank} for {s.expected_rank} unknowns"
     if update.examples > 1: return "not-unique", f"the update averages over {update.examples} images"
     if error < EXACT: return "exact", f"foretold error {error:.1e}, below a tenth of a grey level"
     if error < 1: return "approximate", f"foretold error {error:.1e} of a pixel's standard deviation"
     eps = torch.finfo(update.dtype).eps
     for s in systems:
         if s.relative_residual > CONTRADICTION * eps:
-            return "not-applicable", f"the {s.name} equations contradict each other (relative residual {s.relative_residual:.1e})"
-    return "not-unique", f"foretold error {error:.1e}: rounding, magnified by the systems' conditions, swallows the picture"
+            return "not-applicable", (f"the {s.name} equations contradict each other "
+                                      f"(relative residual {s.relative_residual:.1e})")
+    return "not-unique", (f"foretold error {error:.1e}: rounding, magnified by the systems' conditions, "
+                          "swallows the picture")

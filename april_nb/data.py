@@ -6,7 +6,8 @@
 __all__ = ['FORMATS', 'PHOTOS', 'Normalisation', 'Format', 'format_of', 'fit', 'read_image', 'DataMissing', 'Images', 'Photos',
            'photos', 'MNISTFiles', 'load', 'load_folder', 'per_class']
 
-# %% ../nbs/04_data.ipynb #9f1a2c09
+# %% ../nbs/04_data.ipynb #bee93d2b
+#| code-fold: true
 import gzip
 import os
 from collections.abc import Sequence
@@ -104,11 +105,12 @@ def read_image(
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidImage(f"cannot read {path}: {error}") from error
 
-# %% ../nbs/04_data.ipynb #a80a5806
+# %% ../nbs/04_data.ipynb #b6e17f8e
 class DataMissing(AprilError):
     """A data set that is not where it should be."""
 
-PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry", "motorcycle")
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket",
+          "retina", "hubble_deep_field", "immunohistochemistry", "motorcycle")
 
 class Images(Dataset):
     """Images of one format with labels. Item `i` is the pair (pixels in [0, 1], label)."""
@@ -135,9 +137,12 @@ class Images(Dataset):
         pixels, labels = zip(*[self[i] for i in ids])
         return torch.stack(pixels), torch.tensor(labels)
 
-# %% ../nbs/04_data.ipynb #a3600201
+# %% ../nbs/04_data.ipynb #3b63f4ea
 class Photos(Sequence):
-    """scikit-image's bundled photographs, whole at first, then 63 square cuts of each; the label is the photograph's number."""
+    """scikit-image's bundled photographs, whole at first, then 63 square cuts of each.
+
+    The label is the photograph's number.
+    """
     def __len__(self) -> int: return 64 * len(PHOTOS)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
@@ -153,29 +158,31 @@ class Photos(Sequence):
 
 def photos(
     format: Format = FORMATS["imagenet"],  # what a model takes
-) -> Images:
+) -> Images:  # 512 of them: see `Photos`
     """The bundled photographs in any format."""
     return Images("photos", format, Photos(), [i % len(PHOTOS) for i in range(len(Photos()))])
 
-# %% ../nbs/04_data.ipynb #e4c1294d
+# %% ../nbs/04_data.ipynb #15c219c2
 class MNISTFiles(Sequence):
     """MNIST's test split out of `MNIST/raw/t10k-*.gz`."""
     def __init__(
         self,
         root: Path,  # the folder that holds `MNIST/raw`
     ):
-        def bytes_of(name, header): return np.frombuffer(gzip.open(root / "MNIST" / "raw" / name).read(), np.uint8, offset=header)
+        def bytes_of(name, header):
+            return np.frombuffer(gzip.open(root / "MNIST" / "raw" / name).read(), np.uint8, offset=header)
         self.images = bytes_of("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
         self.labels = bytes_of("t10k-labels-idx1-ubyte.gz", 8).tolist()
 
     def __len__(self) -> int: return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]: return Image.fromarray(self.images[i]), self.labels[i]
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[i]), self.labels[i]
 
 def load(
     name: str,                      # "mnist", "cifar10", "imagenet" or "photos"
     root: str | Path | None = None, # the folder of data sets (default: the environment variable APRIL_DATA)
-) -> Images:
+) -> Images:                        # in the format of the paper's model for it
     """A data set of the paper, or the bundled photographs in its format where no folder is named.
 
     MNIST and CIFAR-10 are read as torchvision's downloader leaves them; CIFAR-10 and ImageNet also as folders
@@ -189,11 +196,14 @@ def load(
         If the name is unknown.
     """
     if name == "photos": return photos()
-    if name not in FORMATS: raise AprilError(f"unknown data set {name!r}: choose from {', '.join(FORMATS)}, photos")
+    if name not in FORMATS:
+        raise AprilError(f"unknown data set {name!r}: choose from {', '.join(FORMATS)}, photos")
     root = root or os.environ.get("APRIL_DATA")
     if not root: return photos(FORMATS[name])
     try:
-        if name == "mnist": pictures = MNISTFiles(Path(root)); return Images(name, FORMATS[name], pictures, pictures.labels)
+        if name == "mnist":
+            pictures = MNISTFiles(Path(root))
+            return Images(name, FORMATS[name], pictures, pictures.labels)
         if name == "cifar10" and not (Path(root) / name).exists(): pictures = CIFAR10(root, train=False)
         else: pictures = ImageFolder(Path(root) / name)
     except (OSError, RuntimeError) as error:
@@ -203,10 +213,11 @@ def load(
 def load_folder(
     path: str | Path,  # a folder with one sub-folder of images per class
     format: Format,    # what a model takes
-) -> Images:
+) -> Images:         # named after the folder
     """Any folder of images through torchvision's `ImageFolder`; raises `DataMissing` if there is none."""
     try: pictures = ImageFolder(path)
-    except (OSError, RuntimeError) as error: raise DataMissing(f"no images in {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError) as error:
+        raise DataMissing(f"no images in {path}: {str(error).splitlines()[0]}") from error
     return Images(Path(path).name, format, pictures, pictures.targets)
 
 # %% ../nbs/04_data.ipynb #72202566

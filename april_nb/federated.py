@@ -6,7 +6,8 @@
 __all__ = ['AprilError', 'InvalidUpdate', 'MissingGradient', 'Update', 'gradients', 'client_update', 'whole_file', 'save_update',
            'load_update']
 
-# %% ../nbs/01_federated.ipynb #dd5482da
+# %% ../nbs/01_federated.ipynb #eefac3ed
+#| code-fold: true
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class InvalidUpdate(AprilError):
 class MissingGradient(AprilError):
     """A gradient that an attack needs and the update does not hold."""
 
-# %% ../nbs/01_federated.ipynb #b53acfce
+# %% ../nbs/01_federated.ipynb #1d01a796
 @dataclass(frozen=True)
 class Update:
     """What the server receives from one client in one round.
@@ -53,7 +54,8 @@ class Update:
     def __post_init__(self):
         object.__setattr__(self, "gradients", MappingProxyType(dict(self.gradients)))
         if not self.gradients: raise InvalidUpdate("the update holds no gradient at all")
-        if min(self.examples, self.local_steps) < 1: raise InvalidUpdate("an update needs at least one example and one step")
+        if min(self.examples, self.local_steps) < 1:
+            raise InvalidUpdate("an update needs at least one example and one step")
         for name, g in self.gradients.items():
             if not torch.isfinite(g).all():
                 raise InvalidUpdate(f"the gradient of {name!r} has NaN or infinite entries ({g.dtype}): "
@@ -70,10 +72,10 @@ class Update:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest floating-point format among the gradients: what the client's rounding depends on."""
+        """The coarsest floating-point format among the gradients, which sets the client's rounding."""
         return max((g.dtype for g in self.gradients.values()), key=lambda t: torch.finfo(t).eps)
 
-# %% ../nbs/01_federated.ipynb #827de3d1
+# %% ../nbs/01_federated.ipynb #d53f0c8d
 def gradients(
     model: nn.Module,                           # the model, left untouched
     weights: Mapping[str, Tensor],              # parameters by name, in place of the model's own
@@ -97,7 +99,7 @@ def client_update(
     withheld: tuple[str, ...] = (),   # parameters whose gradient is not sent
     seed: int = 0,                    # of the client's dropout masks
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,  # mean over the batch
-) -> Update:
+) -> Update:                       # what the server receives
     """One round of an honest client: a gradient, or the FedAvg difference after several local steps.
 
     Parameters that do not require a gradient are not trained and not sent. The client draws dropout masks
@@ -112,7 +114,8 @@ def client_update(
     """
     if len(images) != len(labels): raise AprilError(f"{len(images)} images but {len(labels)} labels")
     start = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    if unknown := set(withheld) - set(start): raise AprilError(f"cannot withhold {sorted(unknown)}: no such parameter")
+    if unknown := set(withheld) - set(start):
+        raise AprilError(f"cannot withhold {sorted(unknown)}: no such parameter")
     w = start
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         torch.manual_seed(seed)
@@ -123,7 +126,7 @@ def client_update(
     sent = {n: g[n].to(dtype or g[n].dtype) for n in g if n not in withheld}
     return Update(sent, len(images), local_steps, lr if local_steps > 1 else None, tuple(withheld))
 
-# %% ../nbs/01_federated.ipynb #7287849b
+# %% ../nbs/01_federated.ipynb #a2e962e7
 @contextmanager
 def whole_file(
     path: str | Path,    # where the file shall be
@@ -160,7 +163,8 @@ def load_update(
     try:
         with safe_open(path, "pt") as f:
             tensors, meta = {n: f.get_tensor(n) for n in f.keys()}, f.metadata() or {}
-        counts = int(meta.get("examples", 1)), int(meta.get("local_steps", 1)), float(meta.get("lr") or 0) or None
+        counts = (int(meta.get("examples", 1)), int(meta.get("local_steps", 1)),
+                  float(meta.get("lr") or 0) or None)
     except (OSError, SafetensorError, ValueError) as error:
         raise InvalidUpdate(f"cannot read an update from {path}: {error}") from error
     return Update(tensors, *counts, tuple(meta.get("withheld", "").split()))

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['NotRecoverable', 'linear_input']
 
-# %% ../nbs/06_linear.ipynb #06d2d9e7
+# %% ../nbs/06_linear.ipynb #2b501e07
+#| code-fold: true
 from torch import Tensor
 
 from .federated import AprilError
 
-# %% ../nbs/06_linear.ipynb #5cde86a5
+# %% ../nbs/06_linear.ipynb #f24a22fd
 class NotRecoverable(AprilError):
     """An update that holds nothing from which the input could be computed."""
 
@@ -20,7 +21,7 @@ def linear_input(
 ) -> Tensor:         # x, shape (C_in,)
     """Input of the layer `s = W x + b` from its gradients.
 
-    Divides the row of the largest |δ| by δ (Phong et al. 2018, Eq. 4). One example only:
+    Divides the row with the largest δ in absolute value by that δ (Phong et al. 2018, Eq. 4). One example only:
     for a batch the row is a δ-weighted mean of the inputs.
 
     Raises

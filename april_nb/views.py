@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NotApplicable', 'View', 'view']
 
-# %% ../nbs/03_views.ipynb #4a1c50e1
+# %% ../nbs/03_views.ipynb #649b92dc
+#| code-fold: true
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .federated import AprilError, InvalidUpdate, Update
 from .vit import ViT
 
-# %% ../nbs/03_views.ipynb #178103e5
+# %% ../nbs/03_views.ipynb #8cbc2075
 class NotApplicable(AprilError):
     """An attack that cannot apply to this model, whatever the update holds."""
 
@@ -33,7 +34,7 @@ class View:
     patch_bias: str                 # name of b_p, shape (C,)
     positions: str                  # name of E_pos, shape (T, C)
     class_token: str | None         # name of the class token, shape (C,); None without one
-    qkv: tuple[str, ...]            # names of the first block's W_q, W_k, W_v, or of one tensor that stacks them
+    qkv: tuple[str, ...]            # names of block 1's W_q, W_k, W_v, or of one tensor that stacks them
     attention_reads_stream: bool    # does the first attention read Z itself, and nothing else read Z?
 
     def weight(
@@ -56,14 +57,14 @@ class View:
         return g.to(w.device, torch.float64)
 
     def known_tokens(self) -> Tensor:  # shape (1, C), or (0, C) without a class token
-        """The rows of Z that hold no pixel: class token plus its position. The server knows them from the weights."""
+        """The rows of Z that hold no pixel, which the server knows: the class token plus its position."""
         E_pos = self.weight(self.positions)
         return E_pos[:0] if self.class_token is None else self.weight(self.class_token).view(1, -1) + E_pos[:1]
 
 @singledispatch
 def view(
     model: nn.Module,  # a model of a known family
-) -> View:
+) -> View:          # its parts by name
     """The view of a model.
 
     Raises
@@ -73,9 +74,9 @@ def view(
     """
     raise NotApplicable(f"no view for {type(model).__name__}: register one with april_nb.views.view.register")
 
-# %% ../nbs/03_views.ipynb #30f485d7
+# %% ../nbs/03_views.ipynb #df45833f
 @view.register
-def _(model: ViT) -> View:
+def _(model: ViT) -> View:          # its parts by name
     return View(
         weights=model.state_dict(), image_shape=(model.channels, model.image_size, model.image_size),
         patch=model.patch_size, patch_weight="patch.weight", patch_bias="patch.bias", positions="positions",

@@ -6,7 +6,8 @@
 __all__ = ['INITIALISATIONS', 'SMALL', 'PRESETS', 'to_patches', 'from_patches', 'Attention', 'BlockA', 'BlockB', 'InvalidImage',
            'ViT', 'init_torch', 'init_timm', 'vit', 'kind']
 
-# %% ../nbs/02_vit.ipynb #e330f87c
+# %% ../nbs/02_vit.ipynb #485855fd
+#| code-fold: true
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +31,7 @@ def from_patches(
     """Puts patches back in their places; the inverse of `to_patches`."""
     return F.fold(x.mT, (height, width), patch, stride=patch)
 
-# %% ../nbs/02_vit.ipynb #7379d4c2
+# %% ../nbs/02_vit.ipynb #01a0eab9
 class Attention(nn.Module):
     """Multi-head self-attention with separate `q`, `k`, `v` maps; input and output have shape (B, T, C)."""
     def __init__(
@@ -46,11 +47,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Softmax attention for every head, then the output map."""
         q, k, v = (f(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         h = (self.scale * q @ k.mT).softmax(-1) @ v
         return self.out(h.transpose(1, 2).flatten(2))
 
-# %% ../nbs/02_vit.ipynb #ae9b347f
+# %% ../nbs/02_vit.ipynb #1dcce766
 class BlockA(nn.Module):
     """Attention, normalisation and MLP in a row, without residual connections (the paper's Fig. 1, A)."""
     def __init__(
@@ -65,6 +67,7 @@ class BlockA(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Attention, layer norm, MLP."""
         return self.dropout(self.mlp(self.norm(self.dropout(self.attention(z)))))
 
 
@@ -78,19 +81,21 @@ class BlockB(nn.Module):
         dropout: float,        # probability, on the output of either part
     ):
         super().__init__()
-        self.norm1, self.attention, self.norm2, self.mlp = nn.LayerNorm(width), attention, nn.LayerNorm(width), mlp
+        self.norm1, self.attention = nn.LayerNorm(width), attention
+        self.norm2, self.mlp = nn.LayerNorm(width), mlp
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Two residual steps, one through attention and one through the MLP."""
         z = z + self.dropout(self.attention(self.norm1(z)))
         return z + self.dropout(self.mlp(self.norm2(z)))
 
-# %% ../nbs/02_vit.ipynb #f0ebc4d8
+# %% ../nbs/02_vit.ipynb #44753f8c
 class InvalidImage(AprilError):
     """An image that cannot be read, or whose shape does not fit the model."""
 
 class ViT(nn.Module):
-    """Vision Transformer of architecture A or B, classifying from its class token (or from the mean token without one)."""
+    """Vision Transformer of architecture A or B, classifying from its class token, else the mean token."""
     def __init__(
         self,
         arch: str,                 # "A" or "B"
@@ -110,7 +115,8 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if arch not in ("A", "B"): raise AprilError(f"unknown architecture {arch!r}: choose A or B")
-        if image_size % patch: raise AprilError(f"patches of {patch} pixels do not tile an image of {image_size}")
+        if image_size % patch:
+            raise AprilError(f"patches of {patch} pixels do not tile an image of {image_size}")
         if width % heads: raise AprilError(f"{heads} heads do not divide a width of {width}")
         self.arch, self.image_size, self.channels, self.patch_size = arch, image_size, channels, patch
         tokens = (image_size // patch) ** 2 + class_token
@@ -137,7 +143,11 @@ class ViT(nn.Module):
             z = torch.cat([self.class_token.expand(len(z), 1, -1), z], 1)
         return z + self.positions
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,  # shape (B, channels, H, W), normalised pixels
+    ) -> Tensor:         # logits, shape (B, classes)
+        """Class scores; raises `InvalidImage` if the images do not have the model's shape."""
         shape = (self.channels, self.image_size, self.image_size)
         if images.ndim != 4 or images.shape[1:] != shape:
             raise InvalidImage(f"this model takes images of shape (B, {', '.join(map(str, shape))}), "
@@ -145,7 +155,7 @@ class ViT(nn.Module):
         z = self.blocks(self.dropout(self.tokens(images)))
         return self.head(self.norm(z.mean(1) if self.class_token is None else z[:, 0]))
 
-# %% ../nbs/02_vit.ipynb #e9a9b67a
+# %% ../nbs/02_vit.ipynb #0ac70aa0
 @torch.no_grad()
 def init_torch(
     model: ViT,                  # changed in place
@@ -164,7 +174,10 @@ def init_timm(
     model: ViT,                  # changed in place
     generator: torch.Generator,  # the source of randomness
 ) -> None:
-    """timm's initialisation: truncated N(0, 0.02²) for weights and positions, zero biases, a class token near zero."""
+    """timm's initialisation: truncated N(0, 0.02²) for weights and positions, zero biases.
+
+    The class token starts near zero.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
@@ -174,7 +187,7 @@ def init_timm(
 
 INITIALISATIONS = {"torch": init_torch, "timm": init_timm}
 
-# %% ../nbs/02_vit.ipynb #d029e47c
+# %% ../nbs/02_vit.ipynb #44ac7290
 SMALL = dict(width=384, depth=4, heads=4, mlp_width=384, mlp_gelus=2, head_scale=False, classes=10)
 PRESETS = {
     "vit_mnist": SMALL | dict(image_size=28, channels=1, patch=7),
@@ -191,6 +204,8 @@ def vit(
     **changes,           # any argument of `ViT`, in place of the preset's
 ) -> ViT:                # in float32, on the CPU, in training mode
     """One of the paper's models, initialised from `seed` without touching PyTorch's global generator.
+
+    Further arguments are those of `ViT` and replace the preset's.
 
     Raises
     ------

@@ -44,3 +44,8 @@ def read(text):
 def runnable(notebook):
     """The code cells that a test run executes."""
     return [c for c in notebook.cells if c.cell_type == "code" and "skip-execution" not in c.metadata.get("tags", [])]
+
+
+def setup(app):
+    """Makes this module importable as a Sphinx extension; myst-nb finds `read` through `nb_custom_formats`."""
+    return {"parallel_read_safe": True}

@@ -1,0 +1,108 @@
+"""The command line, through a subprocess as a person would use it."""
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from april_nb import cli
+
+APRIL = Path(sys.executable).parent / "april"
+
+
+def april(*args, **kwargs):
+    return subprocess.run([APRIL, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def report(*args):
+    run = april("attack", *args, "--json")
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+FIELDS = {"model", "arch", "method", "init", "positions", "know", "dtype", "seed", "seconds", "verdict", "psnr", "mse", "ssim",
+          "images", "systems"}
+
+
+def test_the_default_job_recovers_a_bundled_photo_from_vit_b_16(tmp_path):
+    r = report("--out", tmp_path / "attack.png")
+    assert FIELDS <= set(r) and (r["model"], r["arch"], r["method"], r["dtype"]) == ("vit_b_16", "A", "closed-form", "float32")
+    assert r["psnr"] > 55 and r["verdict"] in ("exact", "approximate")
+    assert abs(r["foretold_psnr"] - r["psnr"]) < 10
+    assert set(r["images"][0]) == {"psnr", "mse", "ssim", "label"}
+    assert [set(s) for s in r["systems"]] == [{"name", "rank", "expected_rank", "condition_number", "relative_residual"}] * 2
+    assert Image.open(tmp_path / "attack.png").width > 500 and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("model, dtype, least", [("vit_cifar", "float32", 100), ("vit_cifar", "float64", 250),
+                                                  ("vit_mnist", "float32", 100), ("vit_mnist", "float64", 250)])
+def test_small_models_give_any_photo_away(tmp_path, model, dtype, least):
+    Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 50).save(tmp_path / "m.png")
+    r = report(tmp_path / "m.png", "--model", model, "--dtype", dtype, "--seed", 0)
+    assert r["psnr"] >= least and r["verdict"] == "exact"
+
+
+def test_several_images_are_one_clients_batch(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(paths): Image.radial_gradient("L").rotate(30 * i).save(path)
+    r = report(*paths, "--model", "vit_cifar", "--label", 1, "--label", 2)
+    assert len(r["images"]) == 2 and r["verdict"] == "not-unique"
+
+
+SMALL = "--model vit_cifar "
+BAD = {  # what is wrong: arguments (in a folder with ok.png, half.png and notes.txt), and what the line must say
+    "missing file": ("none.png", "no such image file"),
+    "not an image": ("notes.txt", "not an image"),
+    "damaged": ("half.png", "cannot read"),
+    "a folder": (".", "cannot read"),
+    "unknown model": ("--model vit_huge", "vit_huge"),
+    "unknown architecture": ("--arch C", "'C'"),
+    "unknown initialisation": ("--init zeros", "zeros"),
+    "unknown method": ("--method magic", "magic"),
+    "unknown option": ("--modle x", "No such option"),
+    "architecture B": (SMALL + "--arch B", "needs architecture A.*Theorem 1.*dlg, ig, tag, april"),
+    "no such class": (SMALL + "--label 10", "no class 10"),
+    "labels and images differ": (SMALL + "ok.png --label 1 --label 2", "1 images but 2 labels"),
+    "no such device": (SMALL + "--device warp", "no device 'warp'"),
+    "no such folder": (SMALL + "--out none/a.png", "existing folder"),
+    "not a picture's name": (SMALL + "--out a.txt", ".png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, case):
+    (tmp_path / "notes.txt").write_text("no image")
+    Image.new("RGB", (200, 200)).save(tmp_path / "ok.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "ok.png").read_bytes()[:100])
+    args, why = BAD[case]
+    run = april("attack", *args.split(), cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("april: ") and run.stderr.count("\n") == 1 and re.search(why, run.stderr), run.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half.png", "notes.txt", "ok.png"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    run = april("attack", "--model", "vit_cifar", "--out", tmp_path / "a.png", preexec_fn=full)
+    assert run.returncode == 2 and run.stderr.startswith("april: ") and run.stderr.count("\n") == 1, run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(model, update): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.METHODS, "closed-form", interrupted)
+    monkeypatch.setattr(sys, "argv", ["april", "attack", "--model", "vit_cifar", "--out", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit) as stop: cli.main()
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option():
+    text = april("attack", "--help").stdout
+    for option in ("--model", "--arch", "--method", "--init", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
+        assert option in text
+    assert april().returncode == 0 and "attack" in april().stdout

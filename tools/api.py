@@ -1,0 +1,41 @@
+"""Shows on the API page what stands beside each parameter: a comment with shape and unit, and the result's."""
+import inspect
+import re
+from typing import get_args
+
+from fastcore.docments import docments
+
+MODULES = re.compile(r"(\w+\.)+(?=[A-Za-z])")
+
+
+def parameters(app, what, name, obj, options, lines):
+    """Adds numpydoc sections for parameters and result, read from the comments in an object's source."""
+    if what not in ("function", "class", "method") or (what == "class" and issubclass(obj, Exception)):
+        return
+    comments = docments(obj, full=True)
+    returned = comments.pop("return", None)
+    rows = [(n, c) for n, c in comments.items() if n != "self" and c.get("docment")]
+    section = []
+    if rows:
+        section += ["", "Parameters", "----------"]
+        for n, c in rows:
+            section += [n, f"    {literal(c.anno)}{c.docment}"]
+    if returned and returned.get("docment"):
+        section += ["", "Returns", "-------", literal(returned.anno).rstrip(": "), f"    {returned.docment}"]
+    # a summary and its details come first, what it raises last
+    at = next((i for i, line in enumerate(lines) if line.strip() == "Raises"), len(lines))
+    lines[at:at] = section + [""]
+
+
+def literal(annotation):
+    """An annotation as code without the modules' names, for example ``Tensor``, and a colon."""
+    if annotation is inspect.Parameter.empty:
+        return ""
+    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return f"``{MODULES.sub('', name)}``: "
+
+
+def setup(app):
+    """Runs before napoleon, which turns the sections into fields."""
+    app.connect("autodoc-process-docstring", parameters, priority=400)
+    return {"parallel_read_safe": True}
