@@ -58,6 +58,12 @@ def test_no_directive_traceback_or_raw_role_is_left_on_a_page(book):
         assert "Traceback (most recent call last)" not in page.text and "{eq}`" not in page.text, name
 
 
+def test_tables_that_a_cell_computes_are_tables(book):
+    for chapter in ("10_closed_form", "11_when_it_works"):
+        assert "<td><p>vit_cifar</p></td>" in (text := (book / "nbs" / f"{chapter}.html").read_text()) or "cifar10 for vit_cifar</p>" in text
+        assert "| --- |" not in text
+
+
 def test_api_page_shows_what_stands_beside_the_parameters(book):
     text = re.sub(r"<[^>]+>", "", (book / "back" / "api.html").read_text())
     assert "shape (B, channels, H, W), normalised" in text and "closed_form" in text and "MissingGradient" in text

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
-from nbdev.export import nb_export
+from nbdev.doclinks import nbdev_export
 
 import chapters
 
@@ -26,7 +26,6 @@ def copy(tmp_path, monkeypatch):
 
 
 def test_modules_equal_notebooks(copy):
-    from nbdev.export import nbdev_export
     nbdev_export()
     made = {p.name: p.read_text() for p in (copy / "april_nb").glob("*.py")}
     kept = {p.name: p.read_text() for p in (ROOT / "april_nb").glob("*.py")}
