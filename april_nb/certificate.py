@@ -86,7 +86,7 @@ def standard_error(
     carried = solution.noise * solution.gain * then.gain / then.X.numel() ** 0.5
     return max(carried, standard_error(then))
 
-# %% ../nbs/07_certificate.ipynb #b0c80b69
+# %% ../nbs/07_certificate.ipynb #baae8716
 EXACT = 1e-3         # normalised pixels: a tenth of an 8-bit grey level
 CONTRADICTION = 100  # residuals beyond this multiple of ε are no rounding
 
@@ -99,6 +99,7 @@ class Reconstruction:
     verdict: str                 # one of the words above
     reason: str                  # why, in one line
     labels: Tensor | None = None # labels that the attack used, shape (B,); None if it needed none
+    history: Tensor | None = None # loss at each step of an optimiser; None for a closed form
 
 def judge(
     systems: tuple[System, ...],  # certificates

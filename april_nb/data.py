@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as transforms
 from .federated import AprilError
 from .vit import InvalidImage
 
-# %% ../nbs/04_data.ipynb #a2182daf
+# %% ../nbs/04_data.ipynb #ff6f62f7
 @dataclass(frozen=True)
 class Normalisation:
     """Per-channel mean and standard deviation of a data set's pixels in [0, 1]."""
@@ -35,6 +35,11 @@ class Normalisation:
 
     def _column(self, values: Sequence[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+    def box(self) -> tuple[Tensor, Tensor]:  # least and largest normalised pixel, shape (channels, 1, 1) each
+        """The range in which the pixels of any image lie."""
+        channels = len(self.mean)
+        return self(torch.zeros(channels, 1, 1)), self(torch.ones(channels, 1, 1))
 
     def __call__(
         self,
@@ -57,11 +62,13 @@ class Format:
     channels: int                 # 1 or 3
     size: int                     # H = W, in pixels
     normalisation: Normalisation  # of its pixels
+    steps: int                    # of an optimiser in the paper's experiments
 
 FORMATS = {
-    "mnist": Format("vit_mnist", 1, 28, Normalisation((0.1307,), (0.3081,))),
-    "cifar10": Format("vit_cifar", 3, 32, Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))),
-    "imagenet": Format("vit_b_16", 3, 224, Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    "mnist": Format("vit_mnist", 1, 28, Normalisation((0.1307,), (0.3081,)), 800),
+    "cifar10": Format("vit_cifar", 3, 32,
+                      Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), 1500),
+    "imagenet": Format("vit_b_16", 3, 224, Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 5000),
 }
 
 def format_of(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .federated import AprilError, InvalidUpdate, Update
 from .vit import ViT
 
-# %% ../nbs/03_views.ipynb #8cbc2075
+# %% ../nbs/03_views.ipynb #ec973f0a
 class NotApplicable(AprilError):
     """An attack that cannot apply to this model, whatever the update holds."""
 
@@ -35,6 +35,9 @@ class View:
     positions: str                  # name of E_pos, shape (T, C)
     class_token: str | None         # name of the class token, shape (C,); None without one
     qkv: tuple[str, ...]            # names of block 1's W_q, W_k, W_v, or of one tensor that stacks them
+    head_weight: str                # name of the classifier's weight, shape (K, C)
+    head_bias: str | None           # name of its bias, shape (K,); None without one
+    blocks: str                     # name of the module whose input is the stream Z
     attention_reads_stream: bool    # does the first attention read Z itself, and nothing else read Z?
 
     def weight(
@@ -74,7 +77,7 @@ def view(
     """
     raise NotApplicable(f"no view for {type(model).__name__}: register one with april_nb.views.view.register")
 
-# %% ../nbs/03_views.ipynb #df45833f
+# %% ../nbs/03_views.ipynb #ba4dd9c9
 @view.register
 def _(model: ViT) -> View:          # its parts by name
     return View(
@@ -82,4 +85,5 @@ def _(model: ViT) -> View:          # its parts by name
         patch=model.patch_size, patch_weight="patch.weight", patch_bias="patch.bias", positions="positions",
         class_token=None if model.class_token is None else "class_token",
         qkv=tuple(f"blocks.0.attention.{part}.weight" for part in "qkv"),
-        attention_reads_stream=model.arch == "A")
+        head_weight="head.weight", head_bias=None if model.head.bias is None else "head.bias",
+        blocks="blocks", attention_reads_stream=model.arch == "A")

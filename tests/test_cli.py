@@ -106,3 +106,26 @@ def test_help_names_every_option():
     for option in ("--model", "--arch", "--method", "--init", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
         assert option in text
     assert april().returncode == 0 and "attack" in april().stdout
+
+
+def test_gradient_matching_lowers_its_loss_and_says_what_it_did(tmp_path):
+    r = report("--model", "vit_mnist", "--arch", "B", "--method", "april", "--steps", 30, "--out", tmp_path / "a.png")
+    assert r["verdict"] in ("approximate", "not-converged") and r["labels"] == "restored" and r["images"][0]["label"] == 0
+    assert (tmp_path / "a.png").exists()
+
+
+def test_gradient_matching_attacks_a_batch_of_two(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(paths): Image.radial_gradient("L").rotate(30 * i).save(path)
+    r = report(*paths, "--model", "vit_mnist", "--arch", "B", "--method", "dlg", "--labels", "known", "--label", 3, "--label", 5,
+               "--steps", 5)
+    assert len(r["images"]) == 2 and {i["label"] for i in r["images"]} == {3, 5} and r["labels"] == "known"
+
+
+def test_bench_prints_rows():
+    run = april("bench", "--model", "vit_mnist", "--victims", 1, "--victims", 4, "--json")
+    rows = json.loads(run.stdout)
+    assert [r["victims"] for r in rows] == [1, 4]
+    assert set(rows[0]) == {"model", "arch", "victims", "batch", "autograd_seconds", "engine_seconds", "speedup", "peak_share",
+                            "peak_memory_mb"}
+    assert all(isinstance(v, str) or v > 0 for r in rows for v in r.values())
