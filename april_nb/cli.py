@@ -119,16 +119,16 @@ def attack(
     if as_json: print(json.dumps(report))
     else: show(report, out)
 
-# %% ../nbs/93_cli.ipynb #e5586a87
+# %% ../nbs/93_cli.ipynb #bcbdd036
 @contextmanager
 def watch(
     title: str,     # of the bar
     options: dict,  # of gradient matching; empty for a closed form
 ) -> Iterator[Callable[[int, float], None]]:  # to be told each step and its loss
     """A progress bar with the loss on standard error, where that is a terminal."""
-    bar = Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.2e}"),
-                   console=Console(stderr=True, force_jupyter=False))
-    with bar:
+    console = Console(stderr=True, force_jupyter=False)
+    with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.2e}"),
+                  console=console, disable=not (options and console.is_terminal)) as bar:
         task = bar.add_task(title, total=options["settings"].steps if options else None, loss=float("nan"))
         yield lambda step, loss: bar.update(task, completed=step + 1, loss=loss)
 

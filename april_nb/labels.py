@@ -15,14 +15,14 @@ from .federated import Update
 from .linear import NotRecoverable
 from .views import NotApplicable, View, view
 
-# %% ../nbs/12_labels.ipynb #9277f41e
+# %% ../nbs/12_labels.ipynb #20277b46
 def idlg(
     view: View,      # of the server's model
     update: Update,  # what the client sent, of one image
 ) -> Tensor:         # its label, shape (1,)
     """Label of a single image: the one negative entry of ∇b (Zhao et al. 2020).
 
-    Without a bias, or where it is withheld, the row of ∇W with the most negative inner products, as published.
+    Without ∇b (no bias, or withheld) the row of ∇W with the most negative inner products, as published.
 
     Raises
     ------
@@ -53,12 +53,12 @@ def yin(
     least = view.gradient(update, view.head_weight).min(1).values
     return least.argsort()[:update.examples].sort().values
 
-# %% ../nbs/12_labels.ipynb #9b380a3b
+# %% ../nbs/12_labels.ipynb #3bbde9fb
 def certain_counts(
     view: View,      # of the server's model, whose loss is the mean cross-entropy
     update: Update,  # what the client sent, of B images
 ) -> Tensor:         # for each class how many images it has at least, shape (K,)
-    """Counts that no images can undercut, ⌈−B∇b⌉; zeros without ∇b. Eight roundings of the format are allowed for."""
+    """Counts that no images can undercut, ⌈−B∇b⌉ less eight roundings of the format; zeros without ∇b."""
     if view.head_bias not in update.gradients:
         return torch.zeros(len(view.weights[view.head_weight]), dtype=torch.long)
     ε = torch.finfo(update.dtype).eps
@@ -95,7 +95,7 @@ def public_outlook(
     finally: hook.remove()
     return p.double(), seen[0].double()
 
-# %% ../nbs/12_labels.ipynb #8a1f13e4
+# %% ../nbs/12_labels.ipynb #402cf9f1
 def restore_labels(
     model: nn.Module,  # the server's model
     update: Update,    # what the client sent, of B images; its loss is the mean cross-entropy
@@ -103,8 +103,8 @@ def restore_labels(
 ) -> Tensor:           # labels with multiplicity, sorted, shape (B,)
     """Labels of a batch from the classifier's gradient: n = s − B∇b, with s = Σp foretold from the model.
 
-    One image is `idlg`'s. Without ∇b (no bias, or withheld) it is estimated as ∇W h / ‖h‖² with the mean public
-    feature h, and no count is certain. Certain counts that exceed B (a noisy update) are set aside.
+    One image is `idlg`'s. Without ∇b (no bias, or withheld) it is estimated as ∇W h / ‖h‖² with the mean
+    public feature h, and no count is certain. Certain counts that exceed B (a noisy update) are set aside.
 
     Raises
     ------

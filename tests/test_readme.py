@@ -1,0 +1,21 @@
+"""What the README promises."""
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_snippet_runs_as_it_stands(capsys):
+    code, = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("exact")
+
+
+def test_every_file_it_links_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README): assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make (\w+)", README.split("## Two commands")[1])) <= targets
