@@ -184,7 +184,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #a3838dd0
+# %% ../nbs/93_cli.ipynb #d92b278a
 @app.command("bench")
 def bench_command(
     model: Annotated[Model, typer.Option(help="which of the paper's models")] = Model.vit_cifar,
@@ -205,7 +205,8 @@ def bench_command(
                   title=f"{model.value}, architecture {arch.value}, {where.type}; times per victim and step")
     for r in rows:
         milliseconds = (f"{1e3 * r[key]:.1f}" for key in ("autograd_seconds", "engine_seconds"))
-        table.add_row(str(r["victims"]), *milliseconds, f"{r['speedup']:.1f}", f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
+        table.add_row(str(r["victims"]), *milliseconds, f"{r['speedup']:.1f}",
+                      f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
     Console(force_jupyter=False, color_system=None).print(table)
 
 # %% ../nbs/93_cli.ipynb #21820ae9

@@ -96,7 +96,7 @@ class LBFGS:
         self.last = x, g
         return x - self.lr * first * q
 
-# %% ../nbs/14_optimization.ipynb #bf0916a6
+# %% ../nbs/14_optimization.ipynb #920e79bd
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -126,7 +126,8 @@ def match(
     y = torch.stack([noise(-1 - i, matcher.examples, classes) for i in range(len(updates))]).to(device)
     free = [x, y.requires_grad_()] if settings.soft_labels else [x]
     adam, lbfgs = torch.optim.Adam(free, lr=settings.lr, eps=1e-16), LBFGS(settings.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: SCHEDULES[settings.schedule](t / settings.steps))
+    factor = SCHEDULES[settings.schedule]
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: factor(t / settings.steps))
     best, least, history = [v.detach().clone() for v in free], x.new_full((len(x),), torch.inf), []
     by_victim = lambda mask, v: mask.view(-1, *[1] * (v.ndim - 1))
 
@@ -164,7 +165,7 @@ def conclude(
     for x, loss, past, y in zip(best[0].double(), least.tolist(), history, labels):
         close = loss < CLOSE
         verdict, found = ("approximate", "match") if close else ("not-converged", "do not match yet")
-        reason = f"loss {loss:.1e}: gradients {found}, which does not prove that the image is the only one"
+        reason = f"loss {max(loss, 0.0):.1e}: gradients {found}, which does not prove the image unique"
         answers.append(Reconstruction(x, (), float("inf"), verdict, reason, y.cpu(), past.cpu()))
     return answers
 
@@ -181,7 +182,7 @@ def gradient_matching(
     if labels is None: labels = restore_labels(model, update)
     return match(model, [update], settings, labels.view(1, -1), **options)[0]
 
-# %% ../nbs/14_optimization.ipynb #b7e7eaa8
+# %% ../nbs/14_optimization.ipynb #5666dc01
 def paper_settings(
     method: str,  # "dlg", "ig", "tag" or "april"
     steps: int,   # 800 for MNIST, 1,500 for CIFAR-10, 5,000 for ImageNet (the data set's `Format.steps`)
@@ -201,7 +202,7 @@ def paper_settings(
     return table[method]
 
 PUBLISHED = {
-    "dlg": Settings(6000, optimiser="lbfgs", lr=1.0, schedule="constant", soft_labels=True),   # 300 outer steps of 20
+    "dlg": Settings(6000, optimiser="lbfgs", lr=1.0, soft_labels=True),   # 300 outer steps of 20
     "ig": Settings(4800, cosine=True, tv=1e-4, optimiser="signed", lr=0.1, schedule="steps", box=True),
     "tag": Settings(1000, l1=0.1, lr=0.05, schedule="constant"),
     "april": Settings(5000, position=1e-2),   # the paper is the publication
