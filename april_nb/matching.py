@@ -155,7 +155,7 @@ class NormaliseBackward(torch.autograd.Function):
         by_z = NormaliseBackward.J(by_x_hat, z, mean, r).addcmul_(x_hat, inner(w, dz) * -r)
         return NormaliseBackward.J(w.contiguous(), z, mean, r), by_z, None, None, None
 
-# %% ../nbs/13_matching.ipynb #5f7a9827
+# %% ../nbs/13_matching.ipynb #9b548a7e
 class Matcher:
     """Compares guesses for N victims with their updates in one forward and one backward pass.
 
@@ -194,7 +194,7 @@ class Matcher:
         self.linear = [n for n in owned if isinstance(owner(n), nn.Linear) and n.endswith("weight")]
         self.small = [n for n in chosen if n not in self.linear]
         self.names = (*self.linear, *self.small)
-        self._targets(updates, first.examples * len(model.positions))
+        self._targets(updates, first.examples * len(self.view.weights[self.view.positions]))
         self.records: dict[str, tuple[Tensor, Tensor]] = {}
         for name, module in modules.items():
             if isinstance(module, nn.Linear): module.register_forward_hook(self._linear_hook(name))

@@ -96,7 +96,7 @@ class LBFGS:
         self.last = x, g
         return x - self.lr * first * q
 
-# %% ../nbs/14_optimization.ipynb #920e79bd
+# %% ../nbs/14_optimization.ipynb #b9c5f0d3
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -120,7 +120,7 @@ def match(
         raise AprilError(f"unknown optimiser {settings.optimiser!r}: choose adam, signed or lbfgs")
     matcher = Matcher(model, updates, dtype=dtype)
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
-    classes = len(matcher.view.weights["head.weight"])
+    classes = len(matcher.view.weights[matcher.view.head_weight])
     noise = lambda i, *size: torch.randn(size, generator=torch.Generator().manual_seed(seed + i), dtype=dtype)
     x = torch.stack([noise(i, *shape) for i in range(len(updates))]).to(device).requires_grad_()
     y = torch.stack([noise(-1 - i, matcher.examples, classes) for i in range(len(updates))]).to(device)

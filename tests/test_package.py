@@ -19,8 +19,8 @@ from april_nb import federated, metrics
 from april_nb.certificate import solve, standard_error
 from april_nb.closed_form import closed_form
 from april_nb.data import FORMATS, DataMissing, fit, load, load_folder, per_class, photos, read_image
-from april_nb.federated import AprilError, InvalidUpdate, MissingGradient, Update, client_update, load_update, save_update
-from april_nb.views import NotApplicable, view
+from april_nb.federated import InvalidUpdate, MissingGradient, Update, client_update, load_update, save_update
+from april_nb.views import NotApplicable
 from april_nb.vit import InvalidImage, from_patches, to_patches, vit
 
 ROOT = Path(april_nb.__file__).parent.parent
