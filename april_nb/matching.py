@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Shares', 'plain_shares', 'factors', 'Matcher']
 
-# %% ../nbs/13_matching.ipynb #791e01dc
+# %% ../nbs/13_matching.ipynb #35714ced
 #| code-fold: true
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,57 +70,61 @@ def plain_shares(
     return Shares(tuple(parameters), row(lambda g, t: g.square().sum()), row(lambda g, t: (g * t).sum()),
                   row(lambda g, t: t.square().sum()), l1)
 
-# %% ../nbs/13_matching.ipynb #12fb2084
+# %% ../nbs/13_matching.ipynb #06f2a912
 class LinearShare(torch.autograd.Function):
-    """‖δᵀa‖² and ⟨δᵀa, FᵀH⟩ for a batch of victims from Gram matrices, differentiable once."""
+    """‖δᵀa‖² and ⟨δᵀa, FᵀH⟩ for batches of victims from Gram matrices, differentiable once."""
     @staticmethod
     def forward(ctx, a, delta, H, F):
-        aa, dd, aH, dF = a @ a.mT, delta @ delta.mT, a @ H.mT, delta @ F.mT
+        aa, dd, aH = a @ a.mT, delta @ delta.mT, a @ H.mT
+        dF = delta if F is None else delta @ F.mT
         ctx.save_for_backward(a, delta, H, F, aa, dd, aH, dF)
-        return (aa * dd).sum((1, 2)), (aH * dF).sum((1, 2))
+        return (aa * dd).sum((-2, -1)), (aH * dF).sum((-2, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_square, by_dot):
         a, delta, H, F, aa, dd, aH, dF = ctx.saved_tensors
-        s, t = 2 * by_square[:, None, None], by_dot[:, None, None]
-        return torch.baddbmm(s * dd @ a, t * dF, H), torch.baddbmm(s * aa @ delta, t * aH, F), None, None
+        s, t = 2 * by_square[..., None, None], by_dot[..., None, None]
+        return (s * dd @ a).add_(t * dF @ H), (s * aa @ delta).add_(t * aH if F is None else t * aH @ F), None, None
 
-# %% ../nbs/13_matching.ipynb #de46c6be
+# %% ../nbs/13_matching.ipynb #eea6efb9
 def factors(
     grad: Tensor,  # ∇W, shape (C_out, C_in)
     rank: int,     # M, the most that tokens allow
-) -> tuple[Tensor, Tensor]:  # F, shape (r, C_out), and H, shape (r, C_in), with FᵀH = ∇W
-    """A target gradient as a product of thin matrices, or as I and itself if its rank is not that low."""
-    r, eye = rank + 8, torch.eye(len(grad), dtype=grad.dtype, device=grad.device)
-    if r >= min(grad.shape): return eye, grad
+) -> tuple[Tensor, Tensor] | None:  # F, shape (M, C_out), and H, shape (M, C_in), with FᵀH = ∇W
+    """A target gradient as a product of thin matrices; `None` if its rank is not that low."""
+    r = rank + 8
+    if r >= min(grad.shape): return None
     omega = torch.randn(grad.shape[1], r, generator=torch.Generator().manual_seed(0), dtype=grad.dtype)
     Q = torch.linalg.qr(grad @ omega.to(grad.device)).Q
-    H = Q.mT @ grad
-    thin = (Q @ H - grad).norm() <= 100 * torch.finfo(grad.dtype).eps * grad.norm()
-    return (Q.mT.contiguous(), H) if thin else (eye, grad)
+    U, S, Vh = torch.linalg.svd(Q.mT @ grad, full_matrices=False)
+    F, H = (Q @ U[:, :rank]).mT, S[:rank, None] * Vh[:rank]
+    thin = (F.mT @ H - grad).norm() <= 100 * torch.finfo(grad.dtype).eps * grad.norm()
+    return (F, H) if thin else None
 
-# %% ../nbs/13_matching.ipynb #f741be19
+# %% ../nbs/13_matching.ipynb #7009809a
 class LinearL1(torch.autograd.Function):
-    """Σ|δᵀa − FᵀH| for a batch of victims; weight gradients exist for `CHUNK` victims at a time."""
+    """Σ|δᵀa − FᵀH| for batches of victims; only `CHUNK` weight gradients exist at a time."""
     CHUNK = 4
 
     @staticmethod
     def forward(ctx, a, delta, H, F):
         values, by_a, by_delta = [], [], []
-        for a_, d_, H_, F_ in zip(*(t.split(LinearL1.CHUNK) for t in (a, delta, H, F))):
-            R = d_.mT @ a_ - F_.mT @ H_
+        chunks = lambda t: t.flatten(0, -3).split(LinearL1.CHUNK)
+        targets = chunks(H) if F is None else (F_.mT @ H_ for F_, H_ in zip(chunks(F), chunks(H)))
+        for a_, d_, target in zip(chunks(a), chunks(delta), targets):
+            R = d_.mT @ a_ - target
             S = R.sign()
             values.append(R.abs().sum((1, 2))), by_a.append(d_ @ S), by_delta.append(a_ @ S.mT)
-        ctx.save_for_backward(torch.cat(by_a), torch.cat(by_delta))
-        return torch.cat(values)
+        ctx.save_for_backward(torch.cat(by_a).view_as(a), torch.cat(by_delta).view_as(delta))
+        return torch.cat(values).view(a.shape[:-2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_value):
-        return *(by_value[:, None, None] * t for t in ctx.saved_tensors), None, None
+        return *(by_value[..., None, None] * t for t in ctx.saved_tensors), None, None
 
-# %% ../nbs/13_matching.ipynb #34047089
+# %% ../nbs/13_matching.ipynb #274f9ed3
 class Normalise(torch.autograd.Function):
     """x̂ = (z − mean) / std over the last axis: a layer norm without weights, cheap to differentiate twice."""
     @staticmethod
@@ -155,7 +160,74 @@ class NormaliseBackward(torch.autograd.Function):
         by_z = NormaliseBackward.J(by_x_hat, z, mean, r).addcmul_(x_hat, inner(w, dz) * -r)
         return NormaliseBackward.J(w.contiguous(), z, mean, r), by_z, None, None, None
 
-# %% ../nbs/13_matching.ipynb #9b548a7e
+class Gelu(torch.autograd.Function):
+    """z Φ(z), cheap to differentiate twice."""
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return F.gelu(z)
+
+    @staticmethod
+    def backward(ctx, u): return GeluBackward.apply(u, *ctx.saved_tensors)
+
+class GeluBackward(torch.autograd.Function):
+    """u g'(z); its own derivatives are w g'(z) and w u g''(z) with g''(z) = (2 − z²) φ(z)."""
+    @staticmethod
+    def forward(ctx, u, z):
+        ctx.save_for_backward(u, z)
+        return torch.ops.aten.gelu_backward(u, z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, w):
+        u, z = ctx.saved_tensors
+        square = z * z
+        second = (square * -0.5).exp_().mul_(square.sub_(2)).mul_(-(2 * math.pi) ** -0.5)
+        return torch.ops.aten.gelu_backward(w, z), second.mul_(u).mul_(w)
+
+# %% ../nbs/13_matching.ipynb #f7206523
+STACK = 64   # layers times victims that are stacked: more would leave the processor's cache
+
+class Weights:
+    """The weights of L linear layers of one shape."""
+    def __init__(self, targets, rank):   # ∇W by layer and victim; M, the rows of a and δ
+        pairs = [[factors(grad, rank) for grad in layer] for layer in targets]
+        stack = lambda rows: torch.stack([torch.stack(row) for row in rows])
+        thin = all(pair is not None for layer in pairs for pair in layer)
+        self.F = stack([[F for F, _ in layer] for layer in pairs]) if thin else None
+        self.H = stack([[H for _, H in layer] for layer in pairs] if thin else targets)
+
+    def shares(self, a, delta):
+        """‖∇w'‖² and ⟨∇w', ∇w⟩, shape (L, N) each."""
+        return LinearShare.apply(a, delta, self.H, self.F)
+
+    def l1(self, a, delta):
+        """Σ|∇w' − ∇w| over layers and entries, shape (N,)."""
+        return LinearL1.apply(a, delta, self.H, self.F).sum(0)
+
+class Sums:
+    """L parameters of one kind whose gradients are sums over tokens."""
+    def __init__(self, gradient, targets):   # how ∇w' follows from a and δ; ∇w by parameter and victim
+        self.gradient = gradient
+        self.target = torch.stack([torch.stack(row) for row in targets]).flatten(2)
+
+    def shares(self, a, delta):
+        """‖∇w'‖² and ⟨∇w', ∇w⟩, shape (L, N) each."""
+        grad = self.gradient(a, delta).flatten(2)
+        return grad.square().sum(-1), (grad * self.target).sum(-1)
+
+    def l1(self, a, delta):
+        """Σ|∇w' − ∇w| over parameters and entries, shape (N,)."""
+        return (self.gradient(a, delta).flatten(2) - self.target).abs().sum((0, 2))
+
+SUMS = {   # from a and δ of shape (L, N, M, C); "stream" has G in the place of δ
+    "bias": lambda a, delta: delta.sum(2),
+    "gain": lambda a, delta: torch.linalg.vecdot(delta, a, dim=2),
+    "positions": lambda a, G: G,
+    "class token": lambda a, G: G[:, :, 0],
+}
+
+# %% ../nbs/13_matching.ipynb #293fb7f5
 class Matcher:
     """Compares guesses for N victims with their updates in one forward and one backward pass.
 
@@ -182,42 +254,47 @@ class Matcher:
                              "for equally many examples")
         self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
         self.examples, self.view = first.examples, view(model)
-        modules = dict(self.model.named_modules())
-        chosen = [n for n in first.gradients if names is None or n in names]
-        stream = [n for n in chosen if n in (self.view.positions, self.view.class_token)]
-        owner = lambda n: modules[n.rpartition(".")[0]]
-        owned = [n for n in chosen if n not in stream]
-        for n in owned:
-            if not isinstance(owner(n), nn.Linear | nn.LayerNorm):
-                raise NotApplicable(f"matching cannot follow {n!r}: it is no part of a linear layer, "
-                                    "a layer norm or an embedding")
-        self.linear = [n for n in owned if isinstance(owner(n), nn.Linear) and n.endswith("weight")]
-        self.small = [n for n in chosen if n not in self.linear]
-        self.names = (*self.linear, *self.small)
-        self._targets(updates, first.examples * len(self.view.weights[self.view.positions]))
-        self.records: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, module in modules.items():
+        self.modules, self.records = dict(self.model.named_modules()), {}
+        self._hook()
+        like = next(self.model.parameters())
+        self.model(like.new_zeros(self.examples, *self.view.image_shape))   # records the shapes of a and δ
+        groups: dict[tuple, list[tuple[str, str]]] = {}
+        for n in first.gradients:
+            if names is not None and n not in names: continue
+            kind, module = self._place(n)
+            shapes = tuple(t.shape for t in self.records[module])
+            groups.setdefault((kind, type(self.modules.get(module)), shapes), []).append((n, module))
+        gradient = lambda u, n: self.view.gradient(u, n).to(like)
+        self.terms: list[tuple[tuple[str, ...], Weights | Sums]] = []
+        together = max(1, STACK // len(updates))
+        for (kind, _, (shape, _)), group in groups.items():
+            for members in (group[i:i + together] for i in range(0, len(group), together)):
+                targets = [[gradient(u, n) for u in updates] for n, _ in members]
+                term = Weights(targets, shape[:-1].numel()) if kind == "weight" else Sums(SUMS[kind], targets)
+                self.terms.append((tuple(module for _, module in members), term))
+        self.names = tuple(n for members in groups.values() for n, _ in members)
+        per_name = lambda f: torch.stack([torch.stack([f(gradient(u, n)) for n in self.names]) for u in updates])
+        self.target = per_name(lambda t: t.square().sum())
+        self.target_l1 = per_name(lambda t: t.abs().sum()).sum(1)
+
+    def _place(self, name):
+        """What a parameter is, and the module whose a and δ its gradient comes from."""
+        if name == self.view.positions: return "positions", "stream"
+        if name == self.view.class_token: return "class token", "stream"
+        module, _, part = name.rpartition(".")
+        owner = self.modules[module]
+        if isinstance(owner, nn.Linear): return part, module
+        if isinstance(owner, nn.LayerNorm): return {"weight": "gain", "bias": "bias"}[part], module
+        raise NotApplicable(f"matching cannot follow {name!r}: it is no part of a linear layer, "
+                            "a layer norm or an embedding")
+
+    def _hook(self):
+        for name, module in self.modules.items():
             if isinstance(module, nn.Linear): module.register_forward_hook(self._linear_hook(name))
             if isinstance(module, nn.LayerNorm): module.register_forward_hook(self._norm_hook(name))
-        modules[self.view.blocks].register_forward_pre_hook(self._stream_hook)
-
-    def _targets(self, updates, rank):
-        like = next(self.model.parameters())
-        at = lambda u, n: self.view.gradient(u, n).to(like)
-        stacked = {}
-        for n in self.linear:
-            pairs = [factors(at(u, n), rank) for u in updates]
-            if len({len(f) for f, _ in pairs}) > 1:   # thin for some victims, not for others
-                pairs = [(torch.eye(f.shape[1]).to(f), f.mT @ h) for f, h in pairs]
-            stacked[n] = tuple(torch.stack(t) for t in zip(*pairs))
-        self.factors = stacked
-        rows = lambda n: torch.stack([at(u, n).flatten() for u in updates])
-        self.flat = torch.cat([like.new_zeros(len(updates), 0), *map(rows, self.small)], 1)
-        sizes = torch.tensor([self.view.weights[n].numel() for n in self.small], dtype=torch.long)
-        self.column = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(like.device)
-        squares = [torch.stack([at(u, n).square().sum() for u in updates]) for n in self.names]
-        self.target = torch.stack(squares, 1)
-        self.target_l1 = torch.stack([sum(at(u, n).abs().sum() for n in self.names) for u in updates])
+            if isinstance(module, nn.GELU) and module.approximate == "none":
+                module.register_forward_hook(lambda module, inputs, output: Gelu.apply(inputs[0]))
+        self.modules[self.view.blocks].register_forward_pre_hook(self._stream_hook)
 
     def _linear_hook(self, name):
         def hook(module, inputs, output): self.records[name] = inputs[0], output
@@ -243,26 +320,15 @@ class Matcher:
         N, B = images.shape[:2]
         self.records.clear()
         loss = F.cross_entropy(self.model(images.flatten(0, 1)), labels.flatten(0, 1), reduction="sum") / B
-        deltas = torch.autograd.grad(loss, [s for _, s in self.records.values()], create_graph=True)
+        inputs, outputs = zip(*self.records.values())
+        deltas = torch.autograd.grad(loss, outputs, create_graph=True)
         tokens = lambda t: t.reshape(N, -1, t.shape[-1])   # of all images of a victim
-        a = {n: tokens(a) for n, (a, _) in self.records.items()}
-        delta = dict(zip(self.records, map(tokens, deltas)))
-        G = delta.pop("stream").unflatten(1, (B, -1)).sum(1)
+        a, delta = (dict(zip(self.records, map(tokens, side))) for side in (inputs, deltas))
         self.records.clear()
-        pairs = [LinearShare.apply(a[n[:-7]], delta[n[:-7]], H, F_) for n, (F_, H) in self.factors.items()]
-        flat = torch.cat([self.flat[:, :0], *(self._small(n, a, delta, G) for n in self.small)], 1)
-        sums = lambda v: v.new_zeros(N, len(self.small)).index_add(1, self.column, v)
-        square = [*(s for s, _ in pairs), *sums(flat * flat).unbind(1)]
-        dot = [*(d for _, d in pairs), *sums(flat * self.flat).unbind(1)]
-        return Shares(self.names, torch.stack(square, 1), torch.stack(dot, 1), self.target,
-                      self._l1(a, delta, flat) if l1 else None)
-
-    def _l1(self, a, delta, flat):
-        terms = [LinearL1.apply(a[n[:-7]], delta[n[:-7]], H, F_) for n, (F_, H) in self.factors.items()]
-        return (sum(terms) + (flat - self.flat).abs().sum(1)) / self.target_l1
-
-    def _small(self, name, a, delta, G):
-        if name == self.view.positions: return G.flatten(1)
-        if name == self.view.class_token: return G[:, 0]
-        module, _, part = name.rpartition(".")
-        return delta[module].sum(1) if part == "bias" else torch.linalg.vecdot(delta[module], a[module], dim=1)
+        delta["stream"] = delta["stream"].unflatten(1, (B, -1)).sum(1)
+        stack = lambda side, modules: (torch.stack([side[m] for m in modules]) if len(modules) > 1
+                                       else side[modules[0]][None])
+        stacks = {modules: (stack(a, modules), stack(delta, modules)) for modules, _ in self.terms}
+        square, dot = map(torch.cat, zip(*(term.shares(*stacks[m]) for m, term in self.terms)))
+        distance = sum(term.l1(*stacks[m]) for m, term in self.terms) / self.target_l1 if l1 else None
+        return Shares(self.names, square.T, dot.T, self.target, distance)
