@@ -72,16 +72,16 @@ def test_victims_do_not_notice_each_other():
     model, x, y = tiny(n=3)
     updates = [client_update(model, a[None], b[None]) for a, b in zip(x, y)]
     for optimiser, lr in (("adam", 0.1), ("signed", 0.1), ("lbfgs", 1.0)):
-        s = Settings(12, optimiser=optimiser, lr=lr)
+        s = Settings(12, optimiser=optimiser, lr=lr, schedule="constant")
         together = match(model, updates, s, y[:, None], dtype=torch.double)
         for i, answer in enumerate(together):
-            alone, = match(model, updates[i:i + 1], s, y[i:i + 1, None], seed=i, dtype=torch.double)
+            alone, = match(model, updates[i:i + 1], s, y[i:i + 1, None], seeds=[i], dtype=torch.double)
             torch.testing.assert_close(answer.images, alone.images, rtol=1e-6, atol=1e-6)
 
 
 def test_matching_recovers_a_small_image():
     model, x, y = tiny()
-    answer, = match(model, [client_update(model, x, y)], Settings(400, optimiser="lbfgs", lr=1.0), y[None], dtype=torch.double)
+    answer, = match(model, [client_update(model, x, y)], Settings(400, optimiser="lbfgs", lr=1.0, schedule="constant"), y[None], dtype=torch.double)
     assert answer.history.min() < 1e-6 and (answer.images - x).abs().mean() < 0.05
 
 

@@ -1,0 +1,89 @@
+"""The runner goes on where it was stopped, repeats nothing, and ends with the table of an uninterrupted run."""
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows, sample
+from april_nb.federated import AprilError
+
+COMMAND = [sys.executable, "-c", "from april_nb.cli import main; main()", "run", "table1", "--dataset", "mnist", "--n", "1", "--steps", "2",
+           "--device", "cpu", "--results"]
+
+
+def start(folder):
+    env = {k: v for k, v in os.environ.items() if k != "APRIL_DATA"}
+    return subprocess.Popen([*COMMAND, folder], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def table(path):
+    """Rows without what a clock says."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(path)]
+
+
+def test_a_run_that_is_killed_and_started_again_ends_with_the_same_table(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait(120) == 0
+    expected = table(whole / "table1.csv")
+    stop_at = random.randint(1, len(expected) - 1)
+    process = start(killed)
+    while len(read_rows(killed / "table1.csv")) < stop_at: time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    process.kill()
+    process.wait()
+    before = read_rows(killed / "table1.csv")
+    assert stop_at <= len(before)
+    assert start(killed).wait(120) == 0
+    after = read_rows(killed / "table1.csv")
+    assert table(killed / "table1.csv") == expected
+    assert all(row in after for row in before), "a finished row was made again"   # its seconds are the old ones
+
+
+def test_an_interrupted_run_says_so_in_one_line(tmp_path):
+    process = start(tmp_path)
+    while not (tmp_path / "table1.csv").exists(): time.sleep(0.01)
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == 0: pytest.skip("the run was over before the signal came")
+    assert process.returncode == 130 and errors.decode().strip().count("\n") == 0 and b"kept" in errors
+    assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
+
+
+def row(**changes):
+    return {k: {int: 1, float: 0.5}.get(NUMBERS.get(k), "x") for k in COLUMNS} | changes
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=12))
+def test_rows_come_back_as_they_were_in_one_order_whatever_the_order_of_writing(tmp_path_factory, keys):
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    for image_id, steps in keys: add_rows(path, [row(image_id=image_id, steps=steps, mse=image_id / 7)])
+    kept = read_rows(path)
+    assert [(r["image_id"], r["steps"]) for r in kept] == sorted(set(keys), key=lambda k: (k[1], k[0]))
+    assert all(r["mse"] == r["image_id"] / 7 for r in kept)
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(AprilError, match="move it away"): read_rows(tmp_path / "rows.csv")
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 30), st.integers(0, 30))
+def test_a_larger_sample_contains_every_smaller_one(labels, m, n):
+    small, large = sample(labels, min(m, n)), sample(labels, max(m, n))
+    assert large[:len(small)] == small and len(set(large)) == len(large)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("results/*.csv")), ids=lambda p: p.stem)
+def test_stored_rows_are_finite_and_no_two_are_the_same_run(path):
+    rows = read_rows(path)
+    assert path.stem in EXPERIMENTS and rows
+    assert all(math.isfinite(r[k]) for r in rows for k, kind in NUMBERS.items())
+    assert {r["experiment"] for r in rows} == {path.stem} and all(r[k] != "" for r in rows for k in COLUMNS)
+    assert len({tuple(r[k] for k in KEY) for r in rows}) == len(rows)
