@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'open_once', 'COLUMNS', 'NUMBERS', 'KEY', 'SMALL', 'ALL', 'EXPERIMENTS', 'preset', 'size', 'device', 'Arm',
            'read_rows', 'add_rows', 'attack_slice', 'solve_all', 'match_all', 'batches', 'name_of', 'closed_form_arms',
-           'width_arms', 'table1_arms', 'sample', 'Slice', 'victims_at_once', 'plan', 'run', 'select', 'group']
+           'width_arms', 'table1_arms', 'tuning_arms', 'sample', 'Slice', 'victims_at_once', 'plan', 'run', 'select',
+           'values', 'group']
 
 # %% ../nbs/91_experiments.ipynb #b3acb5e9
 #| code-fold: true
@@ -62,7 +63,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #1b686eaa
+# %% ../nbs/91_experiments.ipynb #66eef594
 open_once = functools.cache(load)
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Arm:
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
+    tuning: bool = False       # on the last images of the sample, which no table reports?
 
     def images(self) -> Images:
         """The data set, opened once."""
@@ -199,7 +201,7 @@ def name_of(
     """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
-# %% ../nbs/91_experiments.ipynb #4855ef96
+# %% ../nbs/91_experiments.ipynb #abcf39aa
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
 def closed_form_arms(preset):
@@ -224,9 +226,20 @@ def table1_arms(preset):
         for settings in ("paper", "published"):
             for method in PUBLISHED: yield Arm(dataset, "B", method, settings, steps=steps), n[preset]
 
-EXPERIMENTS = {"closed_form": closed_form_arms, "figure5": width_arms, "table1": table1_arms}
+def tuning_arms(preset):
+    """What learning rate and weights do, CIFAR-10 on architecture B (chapter 14)."""
+    steps, n = {"quick": (20, 2), "paper": (600, 8)}[preset]
+    for method, changes in [
+            ("dlg", [{"lr": lr} for lr in (0.1, 0.3, 0.6, 1.0)]),
+            ("april", [{"position": alpha} for alpha in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)]),
+            ("ig", [{"tv": tv} for tv in (0.0, 1e-5, 1e-4, 1e-3)] + [{"lr": lr} for lr in (0.1, 0.3, 1.0)]),
+            ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)])]:
+        for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, tuning=True), n
 
-# %% ../nbs/91_experiments.ipynb #c4008842
+EXPERIMENTS = {"closed_form": closed_form_arms, "figure5": width_arms, "tuning": tuning_arms,
+               "table1": table1_arms}
+
+# %% ../nbs/91_experiments.ipynb #f1053c80
 def sample(
     labels: Sequence[int],  # of all images
     n: int,                 # how many to choose
@@ -264,13 +277,14 @@ def plan(
     """The slices of an arm, without the images whose rows are there."""
     key = lambda row: tuple(row[k] for k in KEY[1:])
     have, common = set(map(key, done)), arm.row(seed)
-    ids = sample(arm.images().labels, n - n % arm.batch)
+    ids = sample(arm.images().labels, len(arm.images()))
+    ids = (ids[::-1] if arm.tuning else ids)[:n - n % arm.batch]
     slices = batches(ids, victims_at_once(arm, where) * arm.batch)
     left = [[group for group in batches(part, arm.batch)
              if any(key(common | {"image_id": i}) not in have for i in group)] for part in slices]
     return [Slice(arm, tuple(i for group in groups for i in group)) for groups in left if groups]
 
-# %% ../nbs/91_experiments.ipynb #14b18524
+# %% ../nbs/91_experiments.ipynb #896057bd
 def run(
     experiment: str,        # one of `EXPERIMENTS`
     results: str | Path,    # the folder of rows
@@ -314,6 +328,13 @@ def select(
 ) -> list[dict]:           # the rows that agree
     """Rows with given values in given columns."""
     return [row for row in rows if all(row[k] == v for k, v in columns.items())]
+
+def values(
+    rows: Sequence[dict],  # of one experiment
+    column: str,           # one that holds numbers
+) -> torch.Tensor:         # shape (n,), float64
+    """One column as a tensor."""
+    return torch.tensor([row[column] for row in rows], dtype=torch.double)
 
 def group(
     rows: Sequence[dict],  # of one experiment

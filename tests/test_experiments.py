@@ -2,6 +2,7 @@
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from april_nb.cli import main
 from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows, sample
 from april_nb.federated import AprilError
 
@@ -54,6 +56,24 @@ def test_an_interrupted_run_says_so_in_one_line(tmp_path):
     if process.returncode == 0: pytest.skip("the run was over before the signal came")
     assert process.returncode == 130 and errors.decode().strip().count("\n") == 0 and b"kept" in errors
     assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
+
+
+def test_a_full_disk_keeps_the_slices_that_were_written(tmp_path):
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    run = subprocess.run([*COMMAND, tmp_path], preexec_fn=full, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stderr.startswith("april: ") and run.stderr.count("\n") == 1, run.stderr
+    assert read_rows(tmp_path / "table1.csv")
+    assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
+
+
+@pytest.mark.parametrize("args, why", [(["figure99"], "unknown experiment"), (["table1", "--method", "magic"], "no arm"),
+                                       (["table1", "--device", "warp"], "no device"), (["table1", "--n", "0"], "--n"),
+                                       (["table1", "--results", __file__], "")])
+def test_bad_input_is_one_line_and_exit_code_2(args, why, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["april", "run", *args])
+    with pytest.raises(SystemExit) as stop: main()
+    out, errors = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and errors.startswith("april: ") and errors.count("\n") == 1 and why in errors
 
 
 def row(**changes):
