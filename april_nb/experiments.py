@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'open_once', 'COLUMNS', 'NUMBERS', 'KEY', 'SMALL', 'ALL', 'EXPERIMENTS', 'preset', 'size', 'device', 'Arm',
            'read_rows', 'add_rows', 'attack_slice', 'solve_all', 'match_all', 'batches', 'name_of', 'closed_form_arms',
-           'width_arms', 'table1_arms', 'tuning_arms', 'sample', 'Slice', 'victims_at_once', 'plan', 'run', 'select',
-           'values', 'group']
+           'width_arms', 'table1_arms', 'figure2_arms', 'figure3_arms', 'figure4_arms', 'sensitivity_arms',
+           'tuning_arms', 'sample', 'Slice', 'victims_at_once', 'plan', 'run', 'select', 'values', 'group']
 
 # %% ../nbs/91_experiments.ipynb #b3acb5e9
 #| code-fold: true
@@ -201,7 +201,7 @@ def name_of(
     """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
-# %% ../nbs/91_experiments.ipynb #abcf39aa
+# %% ../nbs/91_experiments.ipynb #ab10b21f
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
 def closed_form_arms(preset):
@@ -226,18 +226,46 @@ def table1_arms(preset):
         for settings in ("paper", "published"):
             for method in PUBLISHED: yield Arm(dataset, "B", method, settings, steps=steps), n[preset]
 
+def figure2_arms(preset):
+    """Figure 2: gradient matching on architecture A; a photograph at 224 × 224 gets a hundred steps."""
+    for dataset in (*SMALL, "photos"):
+        steps = {"quick": 20, "paper": 100 if dataset == "photos" else None}[preset]
+        n = {"quick": 0, "paper": 1} if dataset == "photos" else {"quick": 1, "paper": 8}
+        for method in PUBLISHED: yield Arm(dataset, "A", method, steps=steps), n[preset]
+
+def figure3_arms(preset):
+    """Figure 3: the guesses of four attacks along the way, CIFAR-10 on architecture B."""
+    steps, n, marks = {"quick": (50, 1, (0, 10, 20, 40)),
+                       "paper": (1500, 8, (0, 25, 50, 100, 200, 300, 400, 600, 800, 1000, 1200))}[preset]
+    for method in PUBLISHED: yield Arm("cifar10", "B", method, steps=steps, marks=marks), n
+
+def figure4_arms(preset):
+    """Figure 4: batches, with labels known and restored, CIFAR-10 on architecture B."""
+    for batch in (2, 4, 8):
+        for labels in ("known", "restored"):
+            for method in ("dlg", "april"):
+                yield (Arm("cifar10", "B", method, labels=labels, batch=batch, steps={"quick": 20, "paper": None}[preset]),
+                       {"quick": batch, "paper": 8}[preset])
+
+def sensitivity_arms(preset):
+    """Table 1 under timm's initialisation instead of PyTorch's, CIFAR-10 on architecture B."""
+    for method in PUBLISHED:
+        yield (Arm("cifar10", "B", method, init="timm", steps={"quick": 20, "paper": None}[preset]),
+               {"quick": 1, "paper": 8}[preset])
+
 def tuning_arms(preset):
     """What learning rate and weights do, CIFAR-10 on architecture B (chapter 14)."""
-    steps, n = {"quick": (20, 2), "paper": (600, 8)}[preset]
+    steps, n = {"quick": (20, 2), "paper": (None, 4)}[preset]
     for method, changes in [
-            ("dlg", [{"lr": lr} for lr in (0.1, 0.3, 0.6, 1.0)]),
-            ("april", [{"position": alpha} for alpha in (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)]),
-            ("ig", [{"tv": tv} for tv in (0.0, 1e-5, 1e-4, 1e-3)] + [{"lr": lr} for lr in (0.1, 0.3, 1.0)]),
-            ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)])]:
+            ("april", [{"position": alpha} for alpha in (0.1, 1.0, 10.0, 100.0)]),
+            ("ig", [{"tv": tv} for tv in (0.0, 1e-5, 1e-4, 1e-3)] + [{"lr": 0.3}]),
+            ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)] + [{"lr": 1.0}]),
+            ("dlg", [{"lr": lr} for lr in (0.3, 1.0, 2.0)])]:
         for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, tuning=True), n
 
-EXPERIMENTS = {"closed_form": closed_form_arms, "figure5": width_arms, "tuning": tuning_arms,
-               "table1": table1_arms}
+EXPERIMENTS = {"closed_form": closed_form_arms, "figure2": figure2_arms, "figure3": figure3_arms,
+               "figure4": figure4_arms, "figure5": width_arms, "sensitivity": sensitivity_arms,
+               "table1": table1_arms, "tuning": tuning_arms}
 
 # %% ../nbs/91_experiments.ipynb #f1053c80
 def sample(

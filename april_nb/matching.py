@@ -102,7 +102,7 @@ def factors(
     thin = (F.mT @ H - grad).norm() <= 100 * torch.finfo(grad.dtype).eps * grad.norm()
     return (F, H) if thin else None
 
-# %% ../nbs/13_matching.ipynb #7009809a
+# %% ../nbs/13_matching.ipynb #d613255a
 class LinearL1(torch.autograd.Function):
     """Σ|δᵀa − FᵀH| for batches of victims; only `CHUNK` weight gradients exist at a time."""
     CHUNK = 4
@@ -113,9 +113,10 @@ class LinearL1(torch.autograd.Function):
         chunks = lambda t: t.flatten(0, -3).split(LinearL1.CHUNK)
         targets = chunks(H) if F is None else (F_.mT @ H_ for F_, H_ in zip(chunks(F), chunks(H)))
         for a_, d_, target in zip(chunks(a), chunks(delta), targets):
-            R = d_.mT @ a_ - target
-            S = R.sign()
-            values.append(R.abs().sum((1, 2))), by_a.append(d_ @ S), by_delta.append(a_ @ S.mT)
+            R = torch.baddbmm(target, d_.mT, a_, beta=-1)
+            values.append(torch.linalg.vector_norm(R, 1, (1, 2)))
+            S = R.sign_()
+            by_a.append(d_ @ S), by_delta.append(a_ @ S.mT)
         ctx.save_for_backward(torch.cat(by_a).view_as(a), torch.cat(by_delta).view_as(delta))
         return torch.cat(values).view(a.shape[:-2])
 

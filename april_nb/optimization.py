@@ -22,7 +22,7 @@ from .labels import restore_labels
 from .matching import Matcher, Shares
 from .views import View
 
-# %% ../nbs/14_optimization.ipynb #c86e8abb
+# %% ../nbs/14_optimization.ipynb #c6e1eb46
 @dataclass(frozen=True)
 class Settings:
     """One gradient-matching attack."""
@@ -32,7 +32,7 @@ class Settings:
     l1: float = 0.0            # λ₁, the weight of the L1 distance
     tv: float = 0.0            # λ_TV, the weight of the images' total variation
     optimiser: str = "adam"    # "adam", "signed" (Adam on the gradient's sign) or "lbfgs"
-    lr: float = 0.3            # learning rate at the start
+    lr: float = 1.0            # learning rate at the start, in normalised pixels a step
     schedule: str = "cosine"   # "cosine" (down to 0), "steps" (× 0.1 after 3/8, 5/8 and 7/8) or "constant"
     box: bool = False          # keep pixels in the range that images can have?
     soft_labels: bool = False  # search for class probabilities, too (DLG as published)?
@@ -236,12 +236,12 @@ def gradient_matching(
     if labels is None: labels = restore_labels(model, update)
     return match(model, [update], settings, labels.view(1, -1), seeds=[seed], **options)[0]
 
-# %% ../nbs/14_optimization.ipynb #b7e7eaa8
+# %% ../nbs/14_optimization.ipynb #1500ad22
 def paper_settings(
     method: str,  # "dlg", "ig", "tag" or "april"
     steps: int,   # 800 for MNIST, 1,500 for CIFAR-10, 5,000 for ImageNet (the data set's `Format.steps`)
 ) -> Settings:    # of one attack as the paper runs it
-    """The paper's comparison: one optimiser for all. Learning rate, schedule and weights are ours.
+    """The paper's comparison: one optimiser for all. Learning rates, schedule and weights are ours.
 
     Raises
     ------
@@ -250,14 +250,14 @@ def paper_settings(
     """
     base = Settings(steps)
     table = {"dlg": base, "ig": replace(base, cosine=True, tv=1e-4, box=True),   # Geiping et al. 2020
-             "tag": replace(base, l1=0.1),                                        # Deng et al. 2021
-             "april": replace(base, position=1e-2)}                               # Lu et al. 2022, Eq. 12
+             "tag": replace(base, l1=0.1, lr=0.3),                                # Deng et al. 2021
+             "april": replace(base, position=1.0)}                                # Lu et al. 2022, Eq. 12
     if method not in table: raise AprilError(f"unknown method {method!r}: choose from {', '.join(table)}")
     return table[method]
 
 PUBLISHED = {
-    "dlg": Settings(6000, optimiser="lbfgs", lr=1.0, schedule="constant", soft_labels=True),   # 300 outer steps of 20
+    "dlg": Settings(6000, optimiser="lbfgs", schedule="constant", soft_labels=True),   # 300 outer steps of 20
     "ig": Settings(4800, cosine=True, tv=1e-4, optimiser="signed", lr=0.1, schedule="steps", box=True),
     "tag": Settings(1000, l1=0.1, lr=0.05, schedule="constant"),
-    "april": Settings(5000, position=1e-2),   # the paper is the publication
+    "april": Settings(5000, position=1.0),   # the paper is the publication
 }
