@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CountProducts', 'median_seconds', 'matmul_peak', 'engine_step', 'bench', 'max_resident']
 
-# %% ../nbs/92_bench.ipynb #b50f4927
+# %% ../nbs/92_bench.ipynb #b3c10c03
 #| code-fold: true
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,18 +21,18 @@ from .federated import Update, client_update
 from .matching import Matcher, plain_shares
 from .vit import vit
 
-# %% ../nbs/92_bench.ipynb #423b423d
+# %% ../nbs/92_bench.ipynb #574834bc
 class CountProducts(TorchDispatchMode):
-    """Counts multiplications and additions of matrix products while it is active."""
+    """Counts multiplications and additions of matrix products, by name, while it is active."""
     WHERE = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}   # which argument is the left factor
 
     def __init__(self):
         super().__init__()
-        self.operations = 0
+        self.operations = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        if name in self.WHERE: self.operations += 2 * out.numel() * args[self.WHERE[name]].shape[-1]
+        if name in self.WHERE: self.operations[name] += 2 * out.numel() * args[self.WHERE[name]].shape[-1]
         return out
 
 def median_seconds(
@@ -89,7 +90,7 @@ def bench(
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else max_resident()
         yield dict(model=model, arch=arch, victims=n, batch=1, autograd_seconds=autograd_seconds,
                    engine_seconds=seconds / n, speedup=autograd_seconds * n / seconds,
-                   peak_share=count.operations / seconds / peak, peak_memory_mb=memory / 2 ** 20)
+                   peak_share=count.operations.total() / seconds / peak, peak_memory_mb=memory / 2 ** 20)
 
 def max_resident() -> int:  # bytes
     """Peak resident memory of this process."""

@@ -57,7 +57,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #87edd181
+# %% ../nbs/93_cli.ipynb #464a82e3
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -107,10 +107,10 @@ def attack(
         options = dict(settings=replace(chosen, steps=steps or chosen.steps), seed=seed,
                        box=format.normalisation.box(), labels=truth if labels == Labels.known else None)
     start = time.perf_counter()
-    with progress_bar(title) as update:
+    with progress_bar(title) as tell:
         if options:
             of = options["settings"].steps
-            options["watch"] = lambda step, losses, images: update(title, step + 1, of, losses.median().item())
+            options["watch"] = lambda step, losses, images: tell(title, step + 1, of, losses.median().item())
         answer = METHODS[method.value](server, update, **options)
     seconds = time.perf_counter() - start
     found = answer.images.expand_as(x)   # a closed form returns one picture, whatever the batch
@@ -191,7 +191,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #2d334f21
+# %% ../nbs/93_cli.ipynb #b67f6184
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS)}")],
@@ -212,9 +212,9 @@ def run_command(
 
     Stop it at any time: the same command goes on with the first slice that is missing.
     """
-    with progress_bar(experiment) as update:
+    with progress_bar(experiment) as tell:
         rows = run(experiment, results, dataset=dataset, method=method, settings=settings, n=n, steps=steps,
-                   preset=preset.value, seed=seed, where=choose_device(device), watch=update)
+                   preset=preset.value, seed=seed, where=choose_device(device), watch=tell)
     table = Table("images", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
                   title=f"{experiment}: rows in {results / experiment}.csv")
     for same in group(rows, *(column for column in KEY if column != "image_id")).values():

@@ -236,7 +236,7 @@ def gradient_matching(
     if labels is None: labels = restore_labels(model, update)
     return match(model, [update], settings, labels.view(1, -1), seeds=[seed], **options)[0]
 
-# %% ../nbs/14_optimization.ipynb #1500ad22
+# %% ../nbs/14_optimization.ipynb #a2cea0f9
 def paper_settings(
     method: str,  # "dlg", "ig", "tag" or "april"
     steps: int,   # 800 for MNIST, 1,500 for CIFAR-10, 5,000 for ImageNet (the data set's `Format.steps`)
@@ -249,9 +249,9 @@ def paper_settings(
         If there is no such method.
     """
     base = Settings(steps)
-    table = {"dlg": base, "ig": replace(base, cosine=True, tv=1e-4, box=True),   # Geiping et al. 2020
+    table = {"dlg": base, "ig": replace(base, cosine=True, tv=1e-6, box=True),   # Geiping et al. 2020
              "tag": replace(base, l1=0.1, lr=0.3),                                # Deng et al. 2021
-             "april": replace(base, position=1.0)}                                # Lu et al. 2022, Eq. 12
+             "april": replace(base, position=10.0)}                               # Lu et al. 2022, Eq. 12
     if method not in table: raise AprilError(f"unknown method {method!r}: choose from {', '.join(table)}")
     return table[method]
 
@@ -259,5 +259,5 @@ PUBLISHED = {
     "dlg": Settings(6000, optimiser="lbfgs", schedule="constant", soft_labels=True),   # 300 outer steps of 20
     "ig": Settings(4800, cosine=True, tv=1e-4, optimiser="signed", lr=0.1, schedule="steps", box=True),
     "tag": Settings(1000, l1=0.1, lr=0.05, schedule="constant"),
-    "april": Settings(5000, position=1.0),   # the paper is the publication
+    "april": Settings(5000, position=10.0),  # the paper is the publication
 }
