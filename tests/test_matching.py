@@ -1,5 +1,6 @@
 """The matching engine equals the plain autograd step, in float64 to 1e-9, whatever the model, batch and target."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from april_nb.federated import AprilError, Update, client_update
 from april_nb.matching import Matcher, Shares, plain_shares
-from april_nb.optimization import LBFGS, PUBLISHED, Settings, match, paper_settings
+from april_nb.optimization import LBFGS, PUBLISHED, RESTART, Settings, match, paper_settings
 from april_nb.vit import ViT, init_torch
 
 
@@ -63,7 +64,7 @@ def test_a_subset_of_parameters_counts_alone(case, data):
 def tiny(seed=0, n=1):
     model = ViT("B", image_size=8, channels=1, patch=4, width=24, depth=2, heads=2, mlp_width=24, classes=5).double()
     init_torch(model, torch.Generator().manual_seed(0))
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(1000 + seed)   # not the seed of a first guess
     x, y = torch.randn(n, 1, 8, 8, generator=g, dtype=torch.double), torch.randint(5, (n,), generator=g)
     return model, x, y
 
@@ -92,6 +93,43 @@ def test_the_best_iterate_is_returned_and_history_is_kept():
     again = Matcher(model, [update], dtype=torch.double).shares(answer.images[None].requires_grad_(), y[None])
     assert len(answer.history) == 30
     assert math.isclose((again.distance() / again.target.sum(1)).item(), answer.history.min().item(), rel_tol=1e-9)
+
+
+def test_restarts_keep_the_guess_of_least_loss():
+    model, x, y = tiny(n=2)
+    updates = [client_update(model, a[None], b[None]) for a, b in zip(x, y)]
+    settings = Settings(8)
+    tries = [match(model, updates, settings, y[:, None], seeds=[s, s + 1], dtype=torch.double) for s in (0, RESTART, 2 * RESTART)]
+    best = match(model, updates, replace(settings, restarts=3), y[:, None], seeds=[0, 1], dtype=torch.double)
+    for answer, *one in zip(best, *tries): assert answer.history.min() == min(t.history.min() for t in one)
+
+
+def test_free_variables_are_whatever_is_decoded():
+    model, x, y = tiny(n=2)
+    updates = [client_update(model, a[None], b[None]) for a, b in zip(x, y)]
+    start = torch.randn(2, 64, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    as_images = lambda v: v.view(2, 1, 1, 8, 8)
+    free = match(model, updates, Settings(5), y[:, None], start=start, decode=as_images, dtype=torch.double)
+    pixels = match(model, updates, Settings(5), y[:, None], start=as_images(start), dtype=torch.double)
+    for a, b in zip(free, pixels): torch.testing.assert_close(a.images, b.images)
+    with pytest.raises(AprilError, match="start="): match(model, updates, Settings(5), y[:, None], decode=as_images)
+
+
+def test_every_step_is_told_with_its_guess_and_the_first_guess_is_as_wide_as_asked():
+    model, x, y = tiny()
+    update, told = client_update(model, x, y), []
+    answer, = match(model, [update], Settings(4, start=0.0), y[None], dtype=torch.double,
+                    watch=lambda step, losses, images: told.append((step, losses.item(), images.clone())))
+    assert [t[0] for t in told] == [0, 1, 2, 3] and [t[1] for t in told] == answer.history.tolist()
+    assert not told[0][2].any() and told[1][2].any() and told[0][2].shape == (1, 1, 1, 8, 8)
+
+
+def test_a_verdict_needs_the_gradients_nearest_to_the_pixels_to_match():
+    model, x, y = tiny()
+    update = client_update(model, x, y)
+    settings = Settings(400, optimiser="lbfgs", schedule="constant")
+    early, late = (match(model, [update], replace(settings, steps=n), y[None], dtype=torch.double)[0] for n in (3, 400))
+    assert (early.verdict, late.verdict) == ("not-converged", "approximate") and early.history[-1] < 0.5
 
 
 def test_a_victim_that_overflows_stops_alone():
