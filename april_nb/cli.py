@@ -126,11 +126,11 @@ def attack(
     if as_json: print(json.dumps(report))
     else: show(report, out)
 
-# %% ../nbs/93_cli.ipynb #38bd14f9
+# %% ../nbs/93_cli.ipynb #89272b9e
 @contextmanager
 def progress_bar(
     title: str,  # until something is said to run
-) -> Iterator[Callable[[str, int, int, float], None]]:  # to be told what runs, steps done, of how many, and the loss
+) -> Iterator[Callable[[str, int, int, float], None]]:  # told what runs, steps done, of how many, the loss
     """A progress bar on standard error, where that is a terminal."""
     console = Console(stderr=True, force_jupyter=False)
     with Progress(*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.2e}"),
@@ -191,7 +191,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #b67f6184
+# %% ../nbs/93_cli.ipynb #aae0ea7b
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS)}")],
@@ -220,8 +220,8 @@ def run_command(
     for same in group(rows, *(column for column in KEY if column != "image_id")).values():
         median = lambda key: statistics.median(row[key] for row in same)
         first, verdicts = same[0], Counter(row["verdict"] for row in same)
-        table.add_row(first["dataset"], first["method"], f"{first['settings']} {first['config']} {first['dtype']}",
-                      str(first["steps"]), str(len(same)), f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
+        how = f"{first['settings']} {first['config']} {first['dtype']}"
+        table.add_row(first["dataset"], first["method"], how, str(first["steps"]), str(len(same)), f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
                       ", ".join(f"{v} {k}" for k, v in verdicts.items()))
     Console(force_jupyter=False, color_system=None, width=150).print(table)
 
@@ -250,7 +250,7 @@ def bench_command(
                       f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
     Console(force_jupyter=False, color_system=None).print(table)
 
-# %% ../nbs/93_cli.ipynb #a6d8d201
+# %% ../nbs/93_cli.ipynb #6ac58291
 UsageError = typer.BadParameter.__base__   # of typer's own click, or of the installed one that it uses
 
 def main() -> None:
@@ -261,6 +261,7 @@ def main() -> None:
         sys.exit(code)
     except UsageError as error: message, code = error.format_message(), 2
     except (AprilError, OSError) as error: message, code = str(error), 2
-    except (KeyboardInterrupt, typer.Abort): message, code = "interrupted; nothing was left half-written, what was finished is kept", 130
+    except (KeyboardInterrupt, typer.Abort):
+        message, code = "interrupted; nothing was left half-written, what was finished is kept", 130
     print(f"april: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -62,7 +62,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #66eef594
+# %% ../nbs/91_experiments.ipynb #1382677f
 open_once = functools.cache(load)
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Arm:
         return replace(base, **{"steps": self.steps or base.steps} | dict(self.attack or {}))
 
     def config(self) -> str:   # `name=value`, separated by spaces
-        """What has no column of its own: initialisation, batch, changes to the model, settings that are not zero."""
+        """What has no column of its own: initialisation, batch, changes to the model, settings but zeros."""
         chosen = self.matching()
         terms = {} if chosen is None else {k: v for k, v in asdict(chosen).items() if v and k != "steps"}
         batch = {"batch": self.batch} if self.batch > 1 else {}
@@ -175,7 +175,7 @@ def name_of(
     """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
-# %% ../nbs/91_experiments.ipynb #079c0280
+# %% ../nbs/91_experiments.ipynb #d6279f2a
 def attack_slice(
     arm: Arm,             # what is common to the images
     ids: Sequence[int],   # of the images; a multiple of `arm.batch`
@@ -199,7 +199,8 @@ def attack_slice(
                                   version=__version__)
     return [common | vars(score) | dict(image_id=i, steps=steps, loss=loss, verdict=verdict)
             for steps, guesses, losses, verdicts in found
-            for members, guess, truth, loss, verdict in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
+            for members, guess, truth, loss, verdict
+            in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
 # %% ../nbs/91_experiments.ipynb #40b84c88
@@ -314,7 +315,7 @@ def plan(
              if any(key(common | {"image_id": i}) not in have for i in group)] for part in slices]
     return [Slice(arm, tuple(i for group in groups for i in group)) for groups in left if groups]
 
-# %% ../nbs/91_experiments.ipynb #896057bd
+# %% ../nbs/91_experiments.ipynb #3b59946c
 def run(
     experiment: str,        # one of `EXPERIMENTS`
     results: str | Path,    # the folder of rows
@@ -338,15 +339,17 @@ def run(
     """
     if experiment not in EXPERIMENTS:
         raise AprilError(f"unknown experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
-    chosen = [(replace(arm, steps=steps or arm.steps), n or count) for arm, count in EXPERIMENTS[experiment](preset)
-              if dataset in (None, arm.dataset) and method in (None, arm.method) and settings in (None, arm.settings)]
+    chosen = [(replace(arm, steps=steps or arm.steps), n or count)
+              for arm, count in EXPERIMENTS[experiment](preset)
+              if dataset in (None, arm.dataset) and method in (None, arm.method)
+              and settings in (None, arm.settings)]
     if not chosen: raise AprilError(f"{experiment} has no arm with this data set, method and settings")
     path = Path(results) / f"{experiment}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for arm, count in chosen:
         slices = plan(arm, count, read_rows(path), seed, where)
         for i, part in enumerate(slices):
-            title = f"{experiment}: {arm.method} on {arm.dataset}, {arm.config()}, slice {i + 1} of {len(slices)}"
+            title = f"{arm.method} on {arm.dataset}, {arm.config()}, slice {i + 1} of {len(slices)}"
             of = arm.row(seed)["steps"]
             rows = attack_slice(arm, part.ids, seed, where, lambda step, loss: watch(title, step + 1, of, loss))
             add_rows(path, [{"experiment": experiment} | row for row in rows])

@@ -70,7 +70,7 @@ def plain_shares(
     return Shares(tuple(parameters), row(lambda g, t: g.square().sum()), row(lambda g, t: (g * t).sum()),
                   row(lambda g, t: t.square().sum()), l1)
 
-# %% ../nbs/13_matching.ipynb #06f2a912
+# %% ../nbs/13_matching.ipynb #3f6c3fa2
 class LinearShare(torch.autograd.Function):
     """‖δᵀa‖² and ⟨δᵀa, FᵀH⟩ for batches of victims from Gram matrices, differentiable once."""
     @staticmethod
@@ -85,7 +85,8 @@ class LinearShare(torch.autograd.Function):
     def backward(ctx, by_square, by_dot):
         a, delta, H, F, aa, dd, aH, dF = ctx.saved_tensors
         s, t = 2 * by_square[..., None, None], by_dot[..., None, None]
-        return (s * dd @ a).add_(t * dF @ H), (s * aa @ delta).add_(t * aH if F is None else t * aH @ F), None, None
+        by_a, by_delta = s * dd @ a, s * aa @ delta
+        return by_a.add_(t * dF @ H), by_delta.add_(t * aH if F is None else t * aH @ F), None, None
 
 # %% ../nbs/13_matching.ipynb #eea6efb9
 def factors(
@@ -228,7 +229,7 @@ SUMS = {   # from a and δ of shape (L, N, M, C); "stream" has G in the place of
     "class token": lambda a, G: G[:, :, 0],
 }
 
-# %% ../nbs/13_matching.ipynb #293fb7f5
+# %% ../nbs/13_matching.ipynb #e653c238
 class Matcher:
     """Compares guesses for N victims with their updates in one forward and one backward pass.
 
@@ -274,7 +275,8 @@ class Matcher:
                 term = Weights(targets, shape[:-1].numel()) if kind == "weight" else Sums(SUMS[kind], targets)
                 self.terms.append((tuple(module for _, module in members), term))
         self.names = tuple(n for members in groups.values() for n, _ in members)
-        per_name = lambda f: torch.stack([torch.stack([f(gradient(u, n)) for n in self.names]) for u in updates])
+        per_name = lambda f: torch.stack([torch.stack([f(gradient(u, n)) for n in self.names])
+                                          for u in updates])
         self.target = per_name(lambda t: t.square().sum())
         self.target_l1 = per_name(lambda t: t.abs().sum()).sum(1)
 

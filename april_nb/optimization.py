@@ -123,7 +123,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #66ad2ce9
+# %% ../nbs/14_optimization.ipynb #9dc7a16c
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -131,8 +131,8 @@ def match(
     labels: Tensor,                # classes of each victim's images, shape (N, B)
     box: tuple[Tensor, Tensor] | None = None,  # least and largest normalised pixel, shape (channels, 1, 1) each
     seeds: Sequence[int] | None = None,  # of the first guesses (default: 0, 1, …)
-    decode: Callable[[Tensor], Tensor] | None = None,  # from free variables to images (default: pixels are free)
-    start: Tensor | None = None,   # free variables to start from, shape (N, …) (default: noise in image space)
+    decode: Callable[[Tensor], Tensor] | None = None,  # free variables → images (default: pixels are free)
+    start: Tensor | None = None,   # free variables to start from, shape (N, …) (default: noise in pixels)
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     dtype: torch.dtype = torch.float32,  # to compute in
 ) -> list[Reconstruction]:         # one for each victim, with labels and history
@@ -149,11 +149,12 @@ def match(
     seeds = range(len(updates)) if seeds is None else seeds
     if settings.restarts > 1:
         once = replace(settings, restarts=1)
-        tries = [match(model, updates, once, labels, box, [s + RESTART * r for s in seeds], decode, start, watch,
-                       dtype) for r in range(settings.restarts)]
+        tries = [match(model, updates, once, labels, box, [s + RESTART * r for s in seeds], decode, start,
+                       watch, dtype) for r in range(settings.restarts)]
         return [min(answers, key=lambda a: a.history.nan_to_num(math.inf).min()) for answers in zip(*tries)]
     if settings.box and (box is None or decode):
-        raise AprilError("these settings keep pixels in their range: say which, with box=, and let pixels be free")
+        raise AprilError("these settings keep pixels in their range: say which, with box=, "
+                         "and let pixels be free")
     if decode and start is None: raise AprilError("free variables that are decoded need a start=")
     matcher = Matcher(model, updates, dtype=dtype)
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
@@ -217,8 +218,8 @@ def conclude(
     answers = []
     for x, distance, past, y in zip(best[0].detach().double(), mismatch.tolist(), history, labels):
         verdict, found = ("approximate", "match") if distance < CLOSE else ("not-converged", "do not match yet")
-        reason = (f"the gradients nearest to the pixels {found} (relative squared distance {max(distance, 0.0):.1e}), "
-                  "which does not prove the image unique")
+        reason = (f"the gradients nearest to the pixels {found} (relative squared distance "
+                  f"{max(distance, 0.0):.1e}), which does not prove the image unique")
         answers.append(Reconstruction(x, (), float("inf"), verdict, reason, y.cpu(), past.cpu()))
     return answers
 
