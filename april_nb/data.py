@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PHOTOS', 'Normalisation', 'Format', 'format_of', 'fit', 'read_image', 'DataMissing', 'Images', 'Photos',
-           'photos', 'MNISTFiles', 'load', 'load_folder', 'per_class']
+           'photos', 'MNISTFiles', 'load', 'load_folder', 'sample']
 
-# %% ../nbs/04_data.ipynb #bee93d2b
+# %% ../nbs/04_data.ipynb #aa5cfa52
 #| code-fold: true
 import gzip
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,15 +228,18 @@ def load_folder(
         raise DataMissing(f"no images in {path}: {str(error).splitlines()[0]}") from error
     return Images(Path(path).name, format, pictures, pictures.targets)
 
-# %% ../nbs/04_data.ipynb #72202566
-def per_class(
+# %% ../nbs/04_data.ipynb #945a3443
+def sample(
     labels: Sequence[int],  # of all images
-    n: int,                 # images of each class, at most
-) -> list[int]:             # their positions, in increasing order
-    """The first `n` images of each class: 50 for MNIST and CIFAR-10, 1 for ImageNet (Table 1's sample)."""
-    seen: dict[int, int] = {}
-    chosen = []
-    for i, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= n: chosen.append(i)
-    return chosen
+    n: int,                 # how many to choose
+) -> list[int]:             # their positions
+    """The first image of each class, then the second of each, and so on.
+
+    A larger sample contains every smaller one; 500 images are Table 1's: 50 of each class of MNIST and
+    CIFAR-10, one of each of ImageNet's.
+    """
+    turn, seen = [], Counter()
+    for label in labels:
+        turn.append(seen[label])
+        seen[label] += 1
+    return sorted(range(len(labels)), key=turn.__getitem__)[:n]

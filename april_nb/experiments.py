@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'open_once', 'COLUMNS', 'NUMBERS', 'KEY', 'EXPERIMENTS', 'preset', 'size', 'device', 'Arm', 'read_rows',
-           'add_rows', 'name_of', 'attack_slice', 'sample', 'Slice', 'victims_at_once', 'plan', 'run', 'select',
-           'values', 'group']
+           'add_rows', 'name_of', 'attack_slice', 'Slice', 'victims_at_once', 'plan', 'run', 'select', 'values',
+           'group']
 
-# %% ../nbs/91_experiments.ipynb #b3acb5e9
+# %% ../nbs/91_experiments.ipynb #defa100e
 #| code-fold: true
 import csv
 import functools
@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from . import __version__
 from .closed_form import closed_form
-from .data import FORMATS, Format, Images, load
+from .data import FORMATS, Format, Images, load, sample
 from .federated import AprilError, client_update, whole_file
 from .labels import restore_labels
 from .metrics import scores
@@ -62,7 +62,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #1382677f
+# %% ../nbs/91_experiments.ipynb #b76009d8
 open_once = functools.cache(load)
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Arm:
     arch: str                  # "A" or "B"
     method: str                # "closed-form", "dlg", "ig", "tag" or "april"
     settings: str = "paper"    # or "published"
-    labels: str = "known"      # or "restored"; the closed form needs none
+    labels: str = "known"      # or "restored"; the closed form needs none, and DLG may search for them
     init: str = "torch"        # or "timm"
     dtype: str = "float32"     # of the client's gradients
     batch: int = 1             # images in one update
@@ -109,10 +109,10 @@ class Arm:
     def row(self, seed: int) -> dict:   # the columns of `KEY` but for experiment and image
         """What is the same in all rows of the arm."""
         chosen, name = self.matching(), self.images().name
+        labels = "none" if chosen is None else "optimised" if chosen.soft_labels else self.labels
         return dict(dataset=name if name == self.dataset else f"{name} as {self.dataset}", arch=self.arch,
                     method=self.method, settings=self.settings, seed=seed, steps=chosen.steps if chosen else 0,
-                    labels=self.labels if chosen else "none", positions="learned", dtype=self.dtype,
-                    config=self.config())
+                    labels=labels, positions="learned", dtype=self.dtype, config=self.config())
 
 # %% ../nbs/91_experiments.ipynb #0dfa2de8
 COLUMNS = ("experiment", "dataset", "arch", "method", "settings", "image_id", "seed", "steps", "labels", "positions",
@@ -270,18 +270,7 @@ EXPERIMENTS = {"closed_form": closed_form_arms, "figure2": figure2_arms, "figure
                "figure4": figure4_arms, "figure5": width_arms, "sensitivity": sensitivity_arms,
                "table1": table1_arms, "tuning": tuning_arms}
 
-# %% ../nbs/91_experiments.ipynb #f1053c80
-def sample(
-    labels: Sequence[int],  # of all images
-    n: int,                 # how many to choose
-) -> list[int]:             # their positions
-    """The first image of each class, then the second of each, and so on."""
-    turn, seen = {}, defaultdict(int)
-    for i, label in enumerate(labels):
-        turn[i] = seen[label]
-        seen[label] += 1
-    return sorted(turn, key=lambda i: (turn[i], i))[:n]
-
+# %% ../nbs/91_experiments.ipynb #8e6a6bd3
 @dataclass(frozen=True)
 class Slice:
     """Images of one arm that are attacked together."""

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from april_nb.cli import main
-from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows, sample
+from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows
 from april_nb.federated import AprilError
 
 COMMAND = [sys.executable, "-c", "from april_nb.cli import main; main()", "run", "table1", "--dataset", "mnist", "--n", "1", "--steps", "2",
@@ -92,12 +92,6 @@ def test_rows_come_back_as_they_were_in_one_order_whatever_the_order_of_writing(
 def test_a_file_of_other_columns_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(AprilError, match="move it away"): read_rows(tmp_path / "rows.csv")
-
-
-@given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 30), st.integers(0, 30))
-def test_a_larger_sample_contains_every_smaller_one(labels, m, n):
-    small, large = sample(labels, min(m, n)), sample(labels, max(m, n))
-    assert large[:len(small)] == small and len(set(large)) == len(large)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("results/*.csv")), ids=lambda p: p.stem)

@@ -18,7 +18,7 @@ import april_nb
 from april_nb import federated, metrics
 from april_nb.certificate import solve, standard_error
 from april_nb.closed_form import closed_form
-from april_nb.data import FORMATS, DataMissing, fit, load, load_folder, per_class, photos, read_image
+from april_nb.data import FORMATS, DataMissing, fit, load, load_folder, photos, read_image, sample
 from april_nb.federated import InvalidUpdate, MissingGradient, Update, client_update, load_update, save_update
 from april_nb.views import NotApplicable
 from april_nb.vit import InvalidImage, from_patches, to_patches, vit
@@ -127,12 +127,12 @@ def test_any_folder_of_images_is_a_data_set(tmp_path):
     assert len(images) == 2 and images.batch([0, 1])[1].tolist() == [0, 1]
 
 
-@given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 5))
-def test_per_class_takes_the_first_of_each(labels, n):
-    chosen = per_class(labels, n)
-    assert chosen == sorted(chosen)
-    for k in set(labels):
-        assert [i for i in chosen if labels[i] == k] == [i for i, label in enumerate(labels) if label == k][:n]
+@given(st.lists(st.integers(0, 4), max_size=60), st.integers(0, 60))
+def test_a_sample_takes_the_first_of_each_class_then_the_second(labels, n):
+    chosen = sample(labels, n)
+    turns = [sum(labels[j] == labels[i] for j in range(i)) for i in chosen]
+    assert turns == sorted(turns) and len(set(chosen)) == len(chosen) == min(n, len(labels))
+    assert sample(labels, n // 2) == chosen[:n // 2]
 
 
 @given(st.permutations(range(5)))
