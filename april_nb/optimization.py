@@ -123,7 +123,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #9dc7a16c
+# %% ../nbs/14_optimization.ipynb #99c3f9d4
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -194,14 +194,14 @@ def match(
 
 RESTART = 1_000_003   # between the seeds of one victim's restarts
 
+# %% ../nbs/14_optimization.ipynb #94716b05
 def mismatch(
     shares: Shares,  # of the guesses
     view: View,      # of the model
 ) -> Tensor:         # shape (N,)
     """Relative squared distance of the gradients nearest to the pixels, the worst of them.
 
-    That is of the patch embedding and the first block's q, k, v, as far as they were sent. The distance of all
-    gradients says less: most of their norm belongs to the head and is matched within a few steps.
+    That is of the patch embedding and the first block's q, k, v, as far as they were sent.
     """
     near = [i for i, n in enumerate(shares.names) if n in (view.patch_weight, *view.qkv)]
     relative = (shares.square - 2 * shares.dot + shares.target) / shares.target
@@ -225,6 +225,7 @@ def conclude(
 
 CLOSE = 1e-3   # relative squared distance below which gradients are said to match
 
+# %% ../nbs/14_optimization.ipynb #6e0047f3
 def gradient_matching(
     model: nn.Module,       # the server's model
     update: Update,         # what one client sent
