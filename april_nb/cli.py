@@ -126,7 +126,7 @@ def attack(
     if as_json: print(json.dumps(report))
     else: show(report, out)
 
-# %% ../nbs/93_cli.ipynb #89272b9e
+# %% ../nbs/93_cli.ipynb #33d68f75
 @contextmanager
 def progress_bar(
     title: str,  # until something is said to run
@@ -186,7 +186,7 @@ def show(
     for s in report["systems"]:
         table.add_row(s["name"], str(s["rank"]), str(s["expected_rank"]),
                       f"{s['condition_number']:.1e}", f"{s['relative_residual']:.1e}")
-    console.print(table)
+    if report["systems"]: console.print(table)
     foretold = "none" if report["foretold_psnr"] is None else f"{report['foretold_psnr']:.0f} dB"
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
