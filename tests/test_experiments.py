@@ -1,4 +1,5 @@
 """The runner goes on where it was stopped, repeats nothing, and ends with the table of an uninterrupted run."""
+import itertools
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from april_nb import experiments
 from april_nb.cli import main
 from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows
 from april_nb.federated import AprilError
@@ -48,13 +50,18 @@ def test_a_run_that_is_killed_and_started_again_ends_with_the_same_table(tmp_pat
     assert all(row in after for row in before), "a finished row was made again"   # its seconds are the old ones
 
 
-def test_an_interrupted_run_says_so_in_one_line(tmp_path):
-    process = start(tmp_path)
-    while not (tmp_path / "table1.csv").exists(): time.sleep(0.01)
-    process.send_signal(2)
-    _, errors = process.communicate(timeout=60)
-    if process.returncode == 0: pytest.skip("the run was over before the signal came")
-    assert process.returncode == 130 and errors.decode().strip().count("\n") == 0 and b"kept" in errors
+def test_an_interrupted_run_says_so_in_one_line_and_keeps_finished_slices(tmp_path, monkeypatch, capsys):
+    attack, calls = experiments.attack_slice, itertools.count()
+    def interrupted(*args):
+        if next(calls) == 2: raise KeyboardInterrupt
+        return attack(*args)
+    monkeypatch.setattr(experiments, "attack_slice", interrupted)
+    monkeypatch.delenv("APRIL_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["april", *COMMAND[3:], str(tmp_path)])
+    with pytest.raises(SystemExit) as stop: main()
+    out, errors = capsys.readouterr()
+    assert stop.value.code == 130 and out == "" and errors.count("\n") == 1 and "kept" in errors
+    assert len(read_rows(tmp_path / "table1.csv")) == 2
     assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
 
 
