@@ -32,7 +32,7 @@ class InvalidUpdate(AprilError):
 class MissingGradient(AprilError):
     """A gradient that an attack needs and the update does not hold."""
 
-# %% ../nbs/01_federated.ipynb #1d01a796
+# %% ../nbs/01_federated.ipynb #0ae57125
 @dataclass(frozen=True)
 class Update:
     """What the server receives from one client in one round.
@@ -50,6 +50,7 @@ class Update:
     local_steps: int = 1             # gradient steps that the client took, K
     lr: float | None = None          # the client's learning rate when K > 1
     withheld: tuple[str, ...] = ()   # parameters whose gradient the client kept to itself
+    defenses: tuple[str, ...] = ()   # what the client did to the gradients before sending them, in order
 
     def __post_init__(self):
         object.__setattr__(self, "gradients", MappingProxyType(dict(self.gradients)))
@@ -126,7 +127,7 @@ def client_update(
     sent = {n: g[n].to(dtype or g[n].dtype) for n in g if n not in withheld}
     return Update(sent, len(images), local_steps, lr if local_steps > 1 else None, tuple(withheld))
 
-# %% ../nbs/01_federated.ipynb #a2e962e7
+# %% ../nbs/01_federated.ipynb #8e5b3a2e
 @contextmanager
 def whole_file(
     path: str | Path,    # where the file shall be
@@ -146,7 +147,8 @@ def save_update(
 ) -> None:
     """Writes an update as safetensors, its counts as metadata. All or nothing: see `whole_file`."""
     counts = dict(examples=str(update.examples), local_steps=str(update.local_steps),
-                  lr="" if update.lr is None else repr(update.lr), withheld="\n".join(update.withheld))
+                  lr="" if update.lr is None else repr(update.lr), withheld="\n".join(update.withheld),
+                  defenses="\n".join(update.defenses))
     with whole_file(path) as part:
         save_file({n: g.contiguous() for n, g in update.gradients.items()}, part, counts)
 
@@ -167,4 +169,5 @@ def load_update(
                   float(meta.get("lr") or 0) or None)
     except (OSError, SafetensorError, ValueError) as error:
         raise InvalidUpdate(f"cannot read an update from {path}: {error}") from error
-    return Update(tensors, *counts, tuple(meta.get("withheld", "").split()))
+    names = {key: tuple(meta.get(key, "").splitlines()) for key in ("withheld", "defenses")}
+    return Update(tensors, *counts, **names)
