@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Method', 'Labels', 'Preset', 'Size', 'DType', 'app', 'UsageError', 'about',
            'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'run_command', 'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #9718e7a8
+# %% ../nbs/93_cli.ipynb #214a5649
 #| code-fold: true
 import json
 import statistics
@@ -31,12 +31,14 @@ from .bench import bench
 from .certificate import Reconstruction
 from .closed_form import closed_form
 from .data import format_of, photos, read_image
+from .defenses import EXAMPLES, defense, noise_generator
 from .experiments import EXPERIMENTS, KEY, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
 from .federated import AprilError, client_update, whole_file
 from .metrics import Score, as_psnr, scores
 from .optimization import PUBLISHED, gradient_matching, paper_settings
+from .views import view
 from .vit import INITIALISATIONS, PRESETS, vit
 
 # %% ../nbs/93_cli.ipynb #dede2b25
@@ -57,7 +59,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #464a82e3
+# %% ../nbs/93_cli.ipynb #ece4aad3
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -78,6 +80,9 @@ def attack(
         help="of gradient matching: as the paper runs it, or as each method was published")] = Preset.paper,
     steps: Annotated[int | None, typer.Option(
         min=1, metavar="N", help="of gradient matching (default: the settings')", show_default=False)] = None,
+    defenses: Annotated[list[str] | None, typer.Option(
+        "--defense", metavar="NAME[:VALUE]", show_default=False,
+        help=f"what the client does before it sends; repeat to compose: {', '.join(EXAMPLES.values())}")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
     out: Annotated[Path | None, typer.Option(
         metavar="F.png", help="write original, reconstruction and difference", show_default=False)] = None,
@@ -96,10 +101,12 @@ def attack(
                    else photos(format)[0][0][None])
         truth = class_labels(label, len(private), PRESETS[model.value]["classes"])
         computed = torch.float64 if sent == torch.float64 else torch.float32
-        server = vit(model.value, arch.value, init.value, seed).to(where, computed)
+        server, generator = vit(model.value, arch.value, init.value, seed).to(where, computed), noise_generator(seed)
+        chosen_defenses = [defense(spec, view(server), generator) for spec in defenses or ()]
     with status("the client computes its gradient"):
         x = format.normalisation(private).to(where)
         update = client_update(server, x.to(server.positions.dtype), truth.to(where), dtype=sent)
+        for defend in chosen_defenses: update = defend(update)
     title, options = f"{method.value} on {model.value}", {}
     if METHODS[method.value] is gradient_matching:
         as_paper = paper_settings(method.value, format.steps)
@@ -121,12 +128,12 @@ def attack(
         with whole_file(out) as part: part.write_bytes(pictures._repr_png_())
     report = dict(model=model.value, arch=arch.value, method=method.value, init=init.value,
                   positions="learned", know="shared", labels=labels.value if options else None,
-                  dtype=dtype.value, seed=seed, seconds=round(seconds, 4))
+                  dtype=dtype.value, seed=seed, defenses=list(update.defenses), seconds=round(seconds, 4))
     report |= summary(answer, rows, as_psnr(answer.error, format.normalisation))
     if as_json: print(json.dumps(report))
     else: show(report, out)
 
-# %% ../nbs/93_cli.ipynb #33d68f75
+# %% ../nbs/93_cli.ipynb #b8e166a7
 @contextmanager
 def progress_bar(
     title: str,  # until something is said to run
@@ -177,6 +184,7 @@ def show(
     console = Console(force_jupyter=False, color_system=None, soft_wrap=True, highlight=False)
     console.print(f"{report['method']} on {report['model']} (architecture {report['arch']}, "
                   f"{report['init']} initialisation, {report['dtype']} gradients, seed {report['seed']})")
+    if report["defenses"]: console.print(f"defences: {', then '.join(report['defenses'])}")
     console.print(f"verdict: {report['verdict']} – {report['reason']}")
     table = Table("image", "PSNR, dB", "MSE", "SSIM")
     for i, row in enumerate(report["images"]):

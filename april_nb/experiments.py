@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'open_once', 'COLUMNS', 'NUMBERS', 'KEY', 'EXPERIMENTS', '
            'add_rows', 'name_of', 'attack_slice', 'Slice', 'victims_at_once', 'plan', 'run', 'select', 'values',
            'group']
 
-# %% ../nbs/91_experiments.ipynb #defa100e
+# %% ../nbs/91_experiments.ipynb #cbe7ae4e
 #| code-fold: true
 import csv
 import functools
@@ -24,10 +24,12 @@ from filelock import FileLock
 from . import __version__
 from .closed_form import closed_form
 from .data import FORMATS, Format, Images, load, sample
+from .defenses import defense, noise_generator
 from .federated import AprilError, client_update, whole_file
 from .labels import restore_labels
 from .metrics import scores
 from .optimization import PUBLISHED, Settings, match, paper_settings
+from .views import view
 from .vit import vit
 
 # %% ../nbs/91_experiments.ipynb #29e3779a
@@ -62,7 +64,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #b76009d8
+# %% ../nbs/91_experiments.ipynb #6e527ab7
 open_once = functools.cache(load)
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Arm:
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
+    defense: tuple[str, ...] = ()               # what each client does to its update, see `april_nb.defenses`
     tuning: bool = False       # on the last images of the sample, which no table reports?
 
     def images(self) -> Images:
@@ -99,11 +102,12 @@ class Arm:
         return replace(base, **{"steps": self.steps or base.steps} | dict(self.attack or {}))
 
     def config(self) -> str:   # `name=value`, separated by spaces
-        """What has no column of its own: initialisation, batch, changes to the model, settings but zeros."""
+        """What has no column of its own: initialisation, batch, model, defences, settings but zeros."""
         chosen = self.matching()
         terms = {} if chosen is None else {k: v for k, v in asdict(chosen).items() if v and k != "steps"}
         batch = {"batch": self.batch} if self.batch > 1 else {}
-        parts = {"init": self.init} | batch | dict(self.model or {}) | terms
+        defended = {"defense": "+".join(self.defense)} if self.defense else {}
+        parts = {"init": self.init} | batch | dict(self.model or {}) | defended | terms
         return " ".join(f"{k}={v}" for k, v in parts.items())
 
     def row(self, seed: int) -> dict:   # the columns of `KEY` but for experiment and image
@@ -145,7 +149,7 @@ def add_rows(
             writer.writeheader()
             writer.writerows(table[k] for k in sorted(table))
 
-# %% ../nbs/91_experiments.ipynb #42cf070b
+# %% ../nbs/91_experiments.ipynb #6eaff80b
 def solve_all(server, updates):
     """Closed forms: zero steps, images, the largest residual in the place of a loss, verdicts."""
     answers = [closed_form(server, u) for u in updates]
@@ -164,6 +168,12 @@ def match_all(arm, server, updates, labels, seeds, watch):
     yield settings.steps, [a.images for a in answers], least, [a.verdict for a in answers]
     for mark in marked: yield *mark, [a.verdict for a in answers]
 
+def defended(arm, server, update, seed):
+    """The update after the arm's defences; a client draws its noise from one generator."""
+    generator = noise_generator(seed)
+    for spec in arm.defense: update = defense(spec, view(server), generator)(update)
+    return update
+
 def batches(ids, size):
     """Consecutive groups of `size`."""
     return [ids[i:i + size] for i in range(0, len(ids), size)]
@@ -175,11 +185,11 @@ def name_of(
     """The name of a GPU, or "cpu"."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
-# %% ../nbs/91_experiments.ipynb #d6279f2a
+# %% ../nbs/91_experiments.ipynb #4ef2458c
 def attack_slice(
     arm: Arm,             # what is common to the images
     ids: Sequence[int],   # of the images; a multiple of `arm.batch`
-    seed: int,            # of the weights; image i's first guess has `seed + i`
+    seed: int,            # of the weights; image i's first guess and noise have `seed + i`
     where: torch.device,  # to compute on
     watch: Callable[[int, float], None] = lambda step, loss: None,  # told each step and the median loss
 ) -> list[dict]:          # for each image, and for each of its marks, what an attack made of it
@@ -190,10 +200,12 @@ def attack_slice(
     pixels, classes = images.batch(ids)
     x = images.format.normalisation(pixels).to(where).unflatten(0, (-1, arm.batch))
     y = classes.to(where).view(-1, arm.batch)
-    updates = [client_update(server, a.to(computed), b, dtype=sent) for a, b in zip(x, y)]
+    seeds = [seed + i for i in ids[::arm.batch]]
+    updates = [defended(arm, server, client_update(server, a.to(computed), b, dtype=sent), s)
+               for a, b, s in zip(x, y, seeds)]
     start = time.perf_counter()
     if arm.method == "closed-form": found = list(solve_all(server, updates))
-    else: found = list(match_all(arm, server, updates, y, [seed + i for i in ids[::arm.batch]], watch))
+    else: found = list(match_all(arm, server, updates, y, seeds, watch))
     seconds = (time.perf_counter() - start) / len(ids)
     common = arm.row(seed) | dict(seconds=round(seconds, 4), device=name_of(where), torch=torch.__version__,
                                   version=__version__)
@@ -203,7 +215,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #90871d31
+# %% ../nbs/91_experiments.ipynb #d33a312d
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -251,6 +263,17 @@ def figure4_arms(preset):
             yield Arm("cifar10", "B", "april", labels=labels, batch=batch, steps=steps), n
         yield Arm("cifar10", "B", "dlg", labels="restored", batch=batch, steps=steps, attack=BY_LBFGS), n
 
+def figure6_arms(preset):
+    """Figure 6: noise of two kinds under two readings of its size, closed form (chapter 17)."""
+    scales = {"norm": (1e-18, 1e-15, 1e-12, 1e-9, 1e-6, 1e-3, 1e-2, 1e-1),
+              "rms": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+    for dataset in ALL:
+        n = {"quick": 1, "paper": 10 if dataset == "imagenet" else 20}[preset]
+        for noise in ("gaussian", "laplace"):
+            for reading, numbers in scales.items():
+                for r in numbers[::{"quick": 3, "paper": 1}[preset]]:
+                    yield Arm(dataset, "A", "closed-form", defense=(f"{noise}:{r:g}*{reading}",)), n
+
 def sensitivity_arms(preset):
     """Table 1 by another optimiser, and under timm's initialisation; CIFAR-10 on architecture B."""
     steps, n = {"quick": (20, 1), "paper": (None, 8)}[preset]
@@ -267,10 +290,10 @@ def tuning_arms(preset):
             ("dlg", [{"lr": lr} for lr in (0.3, 1.0, 2.0)])]:
         for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, tuning=True), n
 
-# %% ../nbs/91_experiments.ipynb #0f0c46ed
+# %% ../nbs/91_experiments.ipynb #a2ffe2c4
 EXPERIMENTS = {"closed_form": closed_form_arms, "figure2": figure2_arms, "figure3": figure3_arms,
-               "figure4": figure4_arms, "figure5": width_arms, "sensitivity": sensitivity_arms,
-               "table1": table1_arms, "tuning": tuning_arms}
+               "figure4": figure4_arms, "figure5": width_arms, "fig6": figure6_arms,
+               "sensitivity": sensitivity_arms, "table1": table1_arms, "tuning": tuning_arms}
 
 # %% ../nbs/91_experiments.ipynb #8e6a6bd3
 @dataclass(frozen=True)
