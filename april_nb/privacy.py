@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gaussian_renyi', 'gaussian_epsilon', 'exact_delta', 'exact_epsilon', 'noise_for', 'epsilon', 'laplace_renyi',
            'laplace_epsilon', 'l1_clip', 'gaussian_mechanism', 'laplace_mechanism', 'refuse_long_step',
-           'stationarity_bound', 'distance_bound', 'noisy_descent']
+           'stationarity_bound', 'distance_bound', 'noisy_descent', 'train_privately', 'noise_run']
 
 # %% ../nbs/18_privacy.ipynb #c17a2c40
 #| code-fold: true
@@ -39,23 +39,24 @@ def gaussian_renyi(
     """Rényi divergence of two Gaussians of standard deviation σ whose means are Δ apart (Mironov 2017)."""
     return α / (2 * noise_multiplier ** 2)
 
-# %% ../nbs/18_privacy.ipynb #2abf24a4
+# %% ../nbs/18_privacy.ipynb #6b34aa34
 def refuse_nonsense(noise_multiplier=1.0, delta=0.5, rounds=1, sample_rate=1.0):
     """One line for an argument for which there is no guarantee to compute."""
     for ok, line in [
-            (0 <= noise_multiplier < math.inf, f"the noise multiplier cannot be {noise_multiplier}: choose 0 or more"),
+            (0 <= noise_multiplier < math.inf,
+             f"the noise multiplier cannot be {noise_multiplier}: choose 0 or more"),
             (0 < delta < 1, f"δ is a probability between 0 and 1, not {delta}"),
             (rounds >= 1 and rounds == int(rounds), f"rounds are counted from 1, not {rounds}"),
             (0 < sample_rate <= 1, f"the sample rate is a share in (0, 1], not {sample_rate}")]:
         if not ok: raise AprilError(line)
 
-# %% ../nbs/18_privacy.ipynb #b1ea0613
+# %% ../nbs/18_privacy.ipynb #9251743e
 def gaussian_epsilon(
     noise_multiplier: float,  # z = σ / Δ, standard deviation over sensitivity
     delta: float,             # δ, a probability
     rounds: int = 1,          # T, in each of which the client takes part
 ) -> float:                   # ε, in nats; infinite without noise
-    """ε of T rounds of Gaussian noise in closed form, through Rényi divergence (Proposition in chapter 18).
+    """ε of T rounds of Gaussian noise in closed form, through Rényi divergence (see the chapter's proof).
 
     Raises
     ------
@@ -67,7 +68,7 @@ def gaussian_epsilon(
     a = rounds / (2 * noise_multiplier ** 2)
     return a + 2 * math.sqrt(a * math.log(1 / delta))
 
-# %% ../nbs/18_privacy.ipynb #3d8c3fcf
+# %% ../nbs/18_privacy.ipynb #610cb3ed
 def exact_delta(
     epsilon: float,           # ε, in nats
     noise_multiplier: float,  # z = σ / Δ, above 0
@@ -110,7 +111,7 @@ def noise_for(
     refuse_nonsense(delta=delta, rounds=rounds)
     if not 0 < epsilon < math.inf: raise AprilError(f"ε must be a positive number, not {epsilon}")
     l = math.log(1 / delta)
-    proved = math.sqrt(rounds / 2) * (math.sqrt(l + epsilon) + math.sqrt(l)) / epsilon   # enough, see the chapter
+    proved = math.sqrt(rounds / 2) * (math.sqrt(l + epsilon) + math.sqrt(l)) / epsilon   # κ √T: enough
     excess = lambda u: exact_delta(epsilon, proved * math.exp(u), rounds) - delta
     return proved * math.exp(brentq(excess, -20, 0))
 
@@ -128,7 +129,7 @@ def library():
 WHOLE = [*range(2, 65), *(96, 128, 192, 256, 384, 512, 768, 1024)]
 FINE = [*(1 + np.logspace(-3, 0, 25)[:-1]), *np.arange(2.25, 10, 0.25)]
 
-# %% ../nbs/18_privacy.ipynb #bb11c540
+# %% ../nbs/18_privacy.ipynb #2cbff85e
 def epsilon(
     noise_multiplier: float,   # z = σ / Δ
     delta: float,              # δ, a probability
@@ -140,13 +141,13 @@ def epsilon(
     Raises
     ------
     AprilError
-        If the noise is negative, δ is not between 0 and 1, there is less than one round, the sample rate is not
-        in (0, 1], or Opacus is not installed.
+        If the noise is negative, δ is not between 0 and 1, there is less than one round, the sample rate is
+        not in (0, 1], or Opacus is not installed.
     """
     refuse_nonsense(noise_multiplier, delta, rounds, sample_rate)
     if noise_multiplier == 0: return math.inf
     accounts = library().accountants.analysis.rdp
-    # a series for fractional orders converges slowly under strong noise, where large orders are the best ones
+    # the series for fractional orders converges slowly under strong noise, where large orders are best
     orders = sorted(WHOLE + FINE if noise_multiplier < 10 else WHOLE)
     ρ = accounts.compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=rounds, orders=orders)
     with warnings.catch_warnings():
@@ -154,12 +155,12 @@ def epsilon(
         ε, _ = accounts.get_privacy_spent(orders=orders, rdp=ρ, delta=delta)
     return max(float(ε), 0.0)
 
-# %% ../nbs/18_privacy.ipynb #e618e809
+# %% ../nbs/18_privacy.ipynb #23aeb2f3
 def laplace_renyi(
     α: float,                 # order, above 1
     noise_multiplier: float,  # λ = b / Δ₁, scale over sensitivity in the L1 norm
 ) -> float:                   # ρ(α), in nats
-    """Rényi divergence of two Laplacians of scale b whose means are Δ₁ apart (Mironov 2017, Proposition 6)."""
+    """Rényi divergence of two Laplacians of scale b, means Δ₁ apart (Mironov 2017, Proposition 6)."""
     up, down = (α - 1) / noise_multiplier, -α / noise_multiplier
     return (up + math.log(α + (α - 1) * math.exp(down - up)) - math.log(2 * α - 1)) / (α - 1)
 
@@ -177,16 +178,17 @@ def laplace_epsilon(
     """
     refuse_nonsense(noise_multiplier, delta, rounds)
     if noise_multiplier == 0: return math.inf
-    by_order = [rounds * laplace_renyi(α, noise_multiplier) + math.log(1 / delta) / (α - 1) for α in WHOLE + FINE]
+    by_order = (rounds * laplace_renyi(α, noise_multiplier) + math.log(1 / delta) / (α - 1)
+                for α in WHOLE + FINE)
     return min(rounds / noise_multiplier, *by_order)
 
-# %% ../nbs/18_privacy.ipynb #fb4a83ad
+# %% ../nbs/18_privacy.ipynb #5bc414e0
 def l1_clip(
     update: Update,  # what the client would have sent
     size: float,     # S, the largest L1 norm that an update may have
 ) -> Update:         # ∇w · min(1, S / ‖∇w‖₁)
     """Scales a whole update down to L1 norm S if it is longer; raises `AprilError` if S is not positive."""
-    if not 0 < size < math.inf: raise AprilError(f"the norm to clip to must be a positive number, not {size}")
+    if not 0 < size < math.inf: raise AprilError(f"the norm to clip to must be positive, not {size}")
     norm = sum(g.double().abs().sum().item() for g in update.gradients.values())
     sent = {n: (g.double() * (size / max(norm, size))).to(g.dtype) for n, g in update.gradients.items()}
     return replace(update, gradients=sent, defenses=(*update.defenses, f"l1-clip:{size:g}"))
@@ -215,10 +217,11 @@ def laplace_mechanism(
     """
     return laplace(l1_clip(update, size), 8 ** 0.5 * size * noise_multiplier, generator)
 
-# %% ../nbs/18_privacy.ipynb #54601ca3
+# %% ../nbs/18_privacy.ipynb #54bad364
 def refuse_long_step(lr, L):
     """One line for a step for which the bounds are not proved."""
-    if not 0 < lr <= 1 / L: raise AprilError(f"the bound holds for steps from 0 to 1/L = {1 / L:g}, not for {lr:g}")
+    if not 0 < lr <= 1 / L:
+        raise AprilError(f"the bound holds for steps from 0 to 1/L = {1 / L:g}, not for {lr:g}")
 
 def stationarity_bound(
     gap: float,       # f(w₀) − f*
@@ -227,7 +230,7 @@ def stationarity_bound(
     steps: int,       # T
     variance: float,  # v = σ_g² + dσ² of a perturbed gradient
 ) -> float:           # on the mean of E‖∇f(w_t)‖² over the steps 0 … T − 1
-    """Bound for smooth objectives (Proposition in chapter 18); raises `AprilError` if η is not in (0, 1/L]."""
+    """Bound for smooth objectives, proved in the chapter; raises `AprilError` if η is not in (0, 1/L]."""
     refuse_long_step(lr, L)
     return 2 * gap / (lr * steps) + L * lr * variance
 
@@ -239,7 +242,7 @@ def distance_bound(
     steps: int,       # T
     variance: float,  # v = σ_g² + dσ² of a perturbed gradient
 ) -> float:           # on E‖w_T − w*‖²
-    """Bound for strongly convex objectives (Proposition in chapter 18); raises `AprilError` if η is not in (0, 1/L]."""
+    """Bound for strongly convex objectives, proved there; raises `AprilError` if η is not in (0, 1/L]."""
     refuse_long_step(lr, L)
     return (1 - lr * μ) ** steps * distance + lr * variance / μ
 
@@ -254,3 +257,80 @@ def noisy_descent(
     path = [start]
     for _ in range(steps): path.append(path[-1] - lr * oracle(path[-1], generator))
     return torch.stack(path)
+
+# %% ../nbs/18_privacy.ipynb #540b463a
+def train_privately(
+    model: nn.Module,         # changed in place
+    images: Tensor,           # shape (n, channels, H, W), normalised
+    labels: Tensor,           # classes, shape (n,)
+    steps: int,               # T, each on a Poisson sample of the images
+    batch: int,               # images in a step on average; q = 1 / ⌈n / batch⌉
+    lr: float,                # η, constant
+    *,
+    noise_multiplier: float,  # z = σ / S, noise on the sum of clipped gradients; 0 for clipping only
+    clip: float,              # S, norm to which each image's gradient is clipped
+    seed: int = 0,            # of sampling and noise: a repeatable experiment, and no secret
+    watch: Callable[[int, float], None] = lambda step, loss: None,  # told each step, from 1, and its loss
+) -> None:
+    """DP-SGD by Opacus (Abadi et al. 2016): one image added or removed is adjacent, so that Δ = S.
+
+    `epsilon(noise_multiplier, δ, steps, q)` is its price. A guarantee needs noise from a secure source that
+    nobody can seed; here runs are repeatable instead.
+
+    Raises
+    ------
+    AprilError
+        If the noise is negative, the loss is no number, or Opacus is not installed.
+    """
+    refuse_nonsense(noise_multiplier)
+    source = torch.Generator(images.device).manual_seed(seed)
+    data = DataLoader(TensorDataset(images, labels), batch, generator=torch.Generator().manual_seed(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # that noise is repeatable, and how PyTorch calls Opacus's hooks
+        private, rule, data = library().PrivacyEngine().make_private(
+            module=model.train(), optimizer=torch.optim.SGD(model.parameters(), lr), data_loader=data,
+            noise_multiplier=noise_multiplier, max_grad_norm=clip, noise_generator=source)
+        for step, (x, y) in enumerate(islice(chain.from_iterable(repeat(data)), steps), 1):
+            loss = F.cross_entropy(private(x), y)
+            if not loss.isfinite():
+                raise AprilError(f"the loss is no number at step {step}: choose a smaller learning rate")
+            rule.zero_grad()
+            loss.backward()
+            rule.step()
+            watch(step, loss.item())
+    private.to_standard_module().zero_grad()
+
+def noise_run(
+    digits: Images,           # a data set; in a fixed random order four fifths are trained on
+    noise_multiplier: float,  # z = σ / S
+    clip: float,              # S
+    seed: int,                # of the weights, sampling and noise
+    *,
+    n: int = 10_000,          # images in all
+    steps: int = 240,         # T
+    batch: int = 250,         # images in a step on average
+    lr: float = 2.0,          # η
+    every: int = 40,          # steps between rows
+    width: int = 32,          # C of a ViT of two blocks, architecture B
+    delta: float = 1e-5,      # δ
+    where: torch.device = torch.device("cpu"),   # to compute on
+) -> list[dict]:              # rows of one run of the experiment sgd-noise, without the experiment's name
+    """Trains a small ViT with DP-SGD and reports loss, accuracy and ε along the way."""
+    shape = dict(width=width, depth=2, heads=4, mlp_width=2 * width)
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:n]
+    pixels, y = digits.batch(order.tolist())
+    x, y, cut = digits.format.normalisation(pixels).float().to(where), y.to(where), 4 * len(order) // 5
+    model = vit(digits.format.model, "B", seed=seed, **shape).to(where)
+    rows, start = [], time.perf_counter()
+    config = " ".join(f"{k}={v}" for k, v in (shape | dict(n=cut, batch=batch, lr=lr, steps=steps)).items())
+    common = dict(dataset=digits.name, model=digits.format.model, noise=noise_multiplier, clip=clip,
+                  seed=seed, delta=delta, device=where.type, torch=torch.__version__, version=__version__,
+                  config=config)
+    def tell(step, loss):
+        if step % every: return
+        ε = epsilon(noise_multiplier, delta, step, 1 / math.ceil(cut / batch))
+        rows.append(common | dict(step=step, loss=loss, accuracy=accuracy(model, x[cut:], y[cut:]),
+                                  epsilon=ε, seconds=round(time.perf_counter() - start, 1)))
+    train_privately(model, x[:cut], y[:cut], steps, batch, lr, noise_multiplier=noise_multiplier, clip=clip,
+                    seed=seed, watch=tell)
+    return rows
