@@ -138,7 +138,7 @@ def test_simulated_descent_agrees_with_the_expectation(generator):
     shrink = (1 - lr * λ) ** 2
     expected = (shrink ** T + (lr * σ) ** 2 * (1 - shrink ** T) / (1 - shrink)).sum()
     assert path.shape == (T + 1, 20_000, 2)
-    assert path[-1].square().sum(1).mean() == pytest.approx(expected, rel=0.03)
+    assert path[-1].square().sum(1).mean() == pytest.approx(expected.item(), rel=0.03)
 
 
 def test_the_bounds_refuse_a_step_for_which_they_are_not_proved():
