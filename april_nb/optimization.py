@@ -199,7 +199,7 @@ def match(
 
 RESTART = 1_000_003   # between the seeds of one victim's restarts
 
-# %% ../nbs/14_optimization.ipynb #c5397f0e
+# %% ../nbs/14_optimization.ipynb #8952e515
 def mismatch(
     shares: Shares,  # of the guesses
     view: View,      # of the model
@@ -227,6 +227,9 @@ def conclude(
         verdict, found = ("approximate", "match") if distance < CLOSE else ("not-converged", "do not match yet")
         reason = (f"the gradients nearest to the pixels {found} (relative squared distance "
                   f"{max(distance, 0.0):.1e}), which does not prove the image unique")
+        if distance == math.inf:
+            reason = ("the client withheld or zeroed the gradients nearest to the pixels: "
+                      "a match of the others says nothing of the image")
         answers.append(Reconstruction(x, (), float("inf"), verdict, reason, y.cpu(), past.cpu()))
     return answers
 

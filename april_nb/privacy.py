@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gaussian_renyi', 'gaussian_epsilon', 'exact_delta', 'exact_epsilon', 'noise_for', 'MissingLibrary', 'epsilon',
-           'laplace_renyi', 'laplace_epsilon', 'l1_clip', 'gaussian_mechanism', 'laplace_mechanism', 'refuse_long_step',
+           'laplace_renyi', 'laplace_epsilon', 'l1_clip', 'gaussian_mechanism', 'laplace_mechanism',
            'stationarity_bound', 'distance_bound', 'noisy_descent', 'train_privately', 'noise_run']
 
 # %% ../nbs/18_privacy.ipynb #c17a2c40
@@ -218,12 +218,13 @@ def laplace_mechanism(
     """
     return laplace(l1_clip(update, size), 8 ** 0.5 * size * noise_multiplier, generator)
 
-# %% ../nbs/18_privacy.ipynb #54bad364
+# %% ../nbs/18_privacy.ipynb #fa0f58c3
 def refuse_long_step(lr, L):
     """One line for a step for which the bounds are not proved."""
     if not 0 < lr <= 1 / L:
         raise AprilError(f"the bound holds for steps from 0 to 1/L = {1 / L:g}, not for {lr:g}")
 
+# %% ../nbs/18_privacy.ipynb #4495f740
 def stationarity_bound(
     gap: float,       # f(w₀) − f*
     L: float,         # smoothness

@@ -148,8 +148,8 @@ def test_the_bounds_refuse_a_step_for_which_they_are_not_proved():
 
 
 def tiny_run(**changes):
-    return privacy.noise_run(photos(FORMATS["mnist"]), **dict(noise_multiplier=1.0, clip=1.0, seed=0, n=40, steps=4,
-                                                              batch=8, every=2, width=8) | changes)
+    return privacy.noise_run(photos(FORMATS["mnist"]), **dict(noise_multiplier=1.0, clip=1.0, seed=0, n=20, steps=4,
+                                                              batch=4, every=2, width=8) | changes)
 
 
 def test_a_private_training_run_repeats_and_says_what_it_costs():
@@ -159,6 +159,6 @@ def test_a_private_training_run_repeats_and_says_what_it_costs():
     assert [r["step"] for r in first] == [2, 4]
     same = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert same(first) == same(again) != same(tiny_run(seed=1))
-    assert first[1]["epsilon"] == privacy.epsilon(1.0, 1e-5, 4, 1 / 4)   # 32 images to train on, 8 in a step
+    assert first[1]["epsilon"] == privacy.epsilon(1.0, 1e-5, 4, 1 / 4)   # 16 images to train on, 4 in a step
     assert tiny_run(noise_multiplier=0.0)[0]["epsilon"] == math.inf
     with pytest.raises(AprilError, match="choose 0 or more"): tiny_run(noise_multiplier=-1.0)
