@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'RESTART', 'CLOSE', 'PUBLISHED', 'Settings', 'total_variation', 'objective', 'LBFGS', 'match', 'mismatch',
            'conclude', 'gradient_matching', 'paper_settings']
 
-# %% ../nbs/14_optimization.ipynb #a749ff05
+# %% ../nbs/14_optimization.ipynb #8545ef8c
 #| code-fold: true
 import itertools
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .certificate import Reconstruction
-from .federated import AprilError, Update
+from .federated import AprilError, MissingGradient, Update
 from .labels import restore_labels
 from .matching import Matcher, Shares
 from .views import View
@@ -123,7 +123,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #99c3f9d4
+# %% ../nbs/14_optimization.ipynb #fd0f00b3
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -145,6 +145,8 @@ def match(
     AprilError
         If the settings keep pixels in a box and none is given or pixels are not what is free, if the optimiser
         is unknown, or if free variables are decoded and none are given to start from.
+    MissingGradient
+        If the settings weigh the position embedding's gradient and the updates do not hold it.
     """
     seeds = range(len(updates)) if seeds is None else seeds
     if settings.restarts > 1:
@@ -157,6 +159,9 @@ def match(
                          "and let pixels be free")
     if decode and start is None: raise AprilError("free variables that are decoded need a start=")
     matcher = Matcher(model, updates, dtype=dtype)
+    if settings.position and matcher.view.positions not in matcher.names:
+        raise MissingGradient("the position term (α > 0, method april) compares gradients of the position embedding, "
+                              "and the client sent none: it is fixed or withheld; choose dlg, ig or tag")
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
     normal = lambda generator, *size: torch.randn(size, generator=generator, dtype=dtype)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
