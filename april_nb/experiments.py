@@ -217,7 +217,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #00fc0655
+# %% ../nbs/91_experiments.ipynb #2560273c
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -270,8 +270,8 @@ def figure8_arms(preset):
     steps, n, marks = {"quick": (20, 1, (0, 5, 10)),
                        "paper": (800, 12, (0, 10, 25, 50, 100, 200, 300, 400, 600))}[preset]
     for dataset in ("cifar10", "mnist"):
-        for arch in "AB":
-            for method, know in [("dlg", "shared"), ("dlg", "withheld"), ("dlg", "secret"), ("april", "shared")]:
+        for arch in "BA":
+            for method, know in [("dlg", "secret"), ("dlg", "withheld"), ("dlg", "shared"), ("april", "shared")]:
                 yield Arm(dataset, arch, method, steps=steps, marks=marks, know=know), n
 
 def sensitivity_arms(preset):

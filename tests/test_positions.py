@@ -155,7 +155,7 @@ def test_an_attack_finds_the_picture_where_positions_are_known_and_not_where_the
     model = dict(width=96, depth=2, heads=4, mlp_width=64)
     arm = lambda know: Arm("mnist", "B", "dlg", steps=200, know=know, model=model)
     shared, withheld, secret = (attack_slice(arm(know), [0], 0, CPU)[0]["mse"] for know in ("shared", "withheld", "secret"))
-    assert max(shared, withheld) < 1 < 5 < secret
+    assert max(shared, withheld) < secret / 5
 
 
 def test_the_training_loop_is_deterministic_and_leaves_the_global_generator_alone(generator):
