@@ -123,7 +123,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #c3021bb0
+# %% ../nbs/14_optimization.ipynb #9b109e96
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -160,8 +160,8 @@ def match(
     if decode and start is None: raise AprilError("free variables that are decoded need a start=")
     matcher = Matcher(model, updates, dtype=dtype)
     if settings.position and matcher.view.positions not in matcher.names:
-        raise MissingGradient(f"no gradient of {matcher.view.positions!r}, whose direction these settings weigh "
-                              "(α): take dlg, ig or tag, which match whatever was sent")
+        raise MissingGradient(f"no gradient of {matcher.view.positions!r}, whose direction these settings weigh (α): "
+                              "it is fixed or withheld; take dlg, ig or tag, which match whatever was sent")
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
     normal = lambda generator, *size: torch.randn(size, generator=generator, dtype=dtype)
     generators = [torch.Generator().manual_seed(s) for s in seeds]

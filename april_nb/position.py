@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['position_gradient']
 
-# %% ../nbs/09_position.ipynb #3da36aca
+# %% ../nbs/09_position.ipynb #417ee813
 #| code-fold: true
 from torch import Tensor
 
-from .federated import Update
+from .federated import MissingGradient, Update
 from .views import View
 
-# %% ../nbs/09_position.ipynb #3448df87
+# %% ../nbs/09_position.ipynb #bdc4427a
 def position_gradient(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -22,6 +22,9 @@ def position_gradient(
     Raises
     ------
     MissingGradient
-        If the client withheld it, or the position embedding is not trained.
+        If the client withheld it, or the position embedding is fixed.
     """
+    if not view.learns_positions:
+        raise MissingGradient("no gradient of the position embedding: fixed positions are not trained, "
+                              "so no client has a gradient of them to send")
     return view.gradient(update, view.positions)

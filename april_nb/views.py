@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .federated import AprilError, InvalidUpdate, Update
 from .vit import ViT
 
-# %% ../nbs/03_views.ipynb #ec973f0a
+# %% ../nbs/03_views.ipynb #4817bb52
 class NotApplicable(AprilError):
     """An attack that cannot apply to this model, whatever the update holds."""
 
@@ -38,6 +38,7 @@ class View:
     head_weight: str                # name of the classifier's weight, shape (K, C)
     head_bias: str | None           # name of its bias, shape (K,); None without one
     blocks: str                     # name of the module whose input is the stream Z
+    learns_positions: bool          # is E_pos trained, so that a gradient of it exists?
     attention_reads_stream: bool    # does the first attention read Z itself, and nothing else read Z?
 
     def weight(
@@ -77,7 +78,7 @@ def view(
     """
     raise NotApplicable(f"no view for {type(model).__name__}: register one with april_nb.views.view.register")
 
-# %% ../nbs/03_views.ipynb #ba4dd9c9
+# %% ../nbs/03_views.ipynb #228e92ca
 @view.register
 def _(model: ViT) -> View:          # its parts by name
     return View(
@@ -86,4 +87,4 @@ def _(model: ViT) -> View:          # its parts by name
         class_token=None if model.class_token is None else "class_token",
         qkv=tuple(f"blocks.0.attention.{part}.weight" for part in "qkv"),
         head_weight="head.weight", head_bias=None if model.head.bias is None else "head.bias",
-        blocks="blocks", attention_reads_stream=model.arch == "A")
+        blocks="blocks", learns_positions=model.position_kind == "learned", attention_reads_stream=model.arch == "A")

@@ -66,6 +66,12 @@ BAD = {  # what is wrong: arguments (in a folder with ok.png, half.png and notes
     "unknown option": ("--modle x", "No such option"),
     "architecture B": (SMALL + "--arch B", "needs architecture A.*Theorem 1.*dlg, ig, tag, april"),
     "no such class": (SMALL + "--label 10", "no class 10"),
+    "fixed positions": (SMALL + "--positions normal", "fixed positions are not trained"),
+    "withheld positions": (SMALL + "--know withheld", "'positions': the client withheld it"),
+    "april without positions": (SMALL + "--arch B --method april --know withheld", "choose dlg, ig or tag"),
+    "a secret formula": (SMALL + "--positions sincos2d --know secret", "they are a formula"),
+    "unknown positions": (SMALL + "--positions rotary", "rotary"),
+    "unknown knowledge": (SMALL + "--know all", "'all'"),
     "labels and images differ": (SMALL + "ok.png --label 1 --label 2", "1 images but 2 labels"),
     "no such device": (SMALL + "--device warp", "no device 'warp'"),
     "no such folder": (SMALL + "--out none/a.png", "existing folder"),
@@ -103,7 +109,7 @@ def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, c
 
 def test_help_names_every_option():
     text = april("attack", "--help").stdout
-    for option in ("--model", "--arch", "--method", "--init", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
+    for option in ("--model", "--arch", "--method", "--init", "--positions", "--know", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
         assert option in text
     assert april().returncode == 0 and "attack" in april().stdout
 
@@ -120,6 +126,14 @@ def test_gradient_matching_attacks_a_batch_of_two(tmp_path):
     r = report(*paths, "--model", "vit_mnist", "--arch", "B", "--method", "dlg", "--labels", "known", "--label", 3, "--label", 5,
                "--steps", 5)
     assert len(r["images"]) == 2 and {i["label"] for i in r["images"]} == {3, 5} and r["labels"] == "known"
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("", ("learned", "shared")), ("--know withheld", ("learned", "withheld")), ("--know secret", ("learned", "secret")),
+    ("--positions normal --know secret", ("normal", "secret")), ("--positions sincos1d", ("sincos1d", "withheld"))])
+def test_the_report_says_what_the_attacker_knew_of_the_positions(options, expected):
+    r = report("--model", "vit_mnist", "--arch", "B", "--method", "dlg", "--steps", 2, *options.split())
+    assert (r["positions"], r["know"]) == expected
 
 
 def test_bench_prints_rows():

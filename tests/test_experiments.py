@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from april_nb import experiments
 from april_nb.cli import main
-from april_nb.experiments import COLUMNS, EXPERIMENTS, KEY, NUMBERS, add_rows, read_rows
+from april_nb.experiments import COLUMNS, EXPERIMENTS, KEYS, NUMBERS, TRAININGS, add_rows, read_rows
 from april_nb.federated import AprilError
 
 COMMAND = [sys.executable, "-c", "from april_nb.cli import main; main()", "run", "table1", "--dataset", "mnist", "--n", "1", "--steps", "2",
@@ -104,7 +104,8 @@ def test_a_file_of_other_columns_is_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("results/*.csv")), ids=lambda p: p.stem)
 def test_stored_rows_are_finite_and_no_two_are_the_same_run(path):
     rows = read_rows(path)
-    assert path.stem in EXPERIMENTS and rows
-    assert all(math.isfinite(r[k]) for r in rows for k, kind in NUMBERS.items())
-    assert {r["experiment"] for r in rows} == {path.stem} and all(r[k] != "" for r in rows for k in COLUMNS)
-    assert len({tuple(r[k] for k in KEY) for r in rows}) == len(rows)
+    assert path.stem in EXPERIMENTS | TRAININGS and rows
+    columns = tuple(rows[0])
+    assert all(math.isfinite(r[k]) for r in rows for k in NUMBERS if k in columns)
+    assert {r["experiment"] for r in rows} == {path.stem} and all(r[k] != "" for r in rows for k in columns)
+    assert len({tuple(r[k] for k in KEYS[columns]) for r in rows}) == len(rows)
