@@ -326,7 +326,7 @@ EXPERIMENTS = {"closed_form": closed_form_arms, "figure2": figure2_arms, "figure
                "figure4": figure4_arms, "figure5": width_arms, "fig6": figure6_arms, "fig8": figure8_arms,
                "sensitivity": sensitivity_arms, "table1": table1_arms, "tuning": tuning_arms}
 
-# %% ../nbs/91_experiments.ipynb #8d5e0103
+# %% ../nbs/91_experiments.ipynb #a77dc145
 @dataclass(frozen=True)
 class Training:
     """What the training runs of one line of a table have in common."""
@@ -375,8 +375,9 @@ def train_once(
 
 def position_trainings(preset):
     """What fixed positions cost in accuracy (chapter 19)."""
-    images, epochs, seeds = {"quick": (200, 1, 1), "paper": (10_000, 3, 3)}[preset]
-    for kind in POSITIONS: yield Training("mnist", "B", kind, images, epochs), seeds
+    images, lengths, seeds = {"quick": (200, (1,), 1), "paper": (10_000, (3, 10), 3)}[preset]
+    for epochs in lengths:
+        for kind in POSITIONS: yield Training("mnist", "B", kind, images, epochs), seeds
 
 TRAININGS = {"positions": position_trainings}
 
