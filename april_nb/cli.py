@@ -213,7 +213,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #cbaa365d
+# %% ../nbs/93_cli.ipynb #da526233
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS | TRAININGS)}")],
@@ -245,19 +245,20 @@ def run_command(
         median = lambda key: statistics.median(row[key] for row in same)
         first, verdicts = same[0], Counter(row["verdict"] for row in same)
         how = f"{first['settings']} {first['config']} {first['dtype']}"
-        table.add_row(first["dataset"], first["method"], how, str(first["steps"]), str(len(same)), f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
+        table.add_row(first["dataset"], first["method"], how, str(first["steps"]), str(len(same)),
+                      f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
                       ", ".join(f"{v} {k}" for k, v in verdicts.items()))
     Console(force_jupyter=False, color_system=None, width=150).print(table)
 
-# %% ../nbs/93_cli.ipynb #c73f3a4d
+# %% ../nbs/93_cli.ipynb #437e6cc7
 def show_trainings(rows, path):
     """Prints what training ended with."""
-    table = Table("images", "positions", "settings", "seeds", "accuracy", title=f"rows in {path}")
-    last = max(row["epoch"] for row in rows)
-    for same in group([row for row in rows if row["epoch"] == last], "dataset", "positions", "config").values():
-        accuracies = [row["accuracy"] for row in same]
-        table.add_row(same[0]["dataset"], same[0]["positions"], same[0]["config"], str(len(same)),
-                      f"{statistics.mean(accuracies):.1%} ({min(accuracies):.1%} to {max(accuracies):.1%})")
+    what = "noise" if "noise" in rows[0] else "positions"
+    table = Table("images", what, "settings", "seeds", "accuracy", title=f"rows in {path}")
+    for (dataset, kind, config), same in group(rows, "dataset", what, "config").items():
+        last = [runs[-1]["accuracy"] for runs in group(same, "seed").values()]   # rows are in order of steps
+        table.add_row(dataset, f"{kind:g}" if what == "noise" else kind, config, str(len(last)),
+                      f"{statistics.mean(last):.1%} ({min(last):.1%} to {max(last):.1%})")
     Console(force_jupyter=False, color_system=None, width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #d92b278a

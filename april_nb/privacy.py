@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['gaussian_renyi', 'gaussian_epsilon', 'exact_delta', 'exact_epsilon', 'noise_for', 'MissingLibrary', 'epsilon',
-           'laplace_renyi', 'laplace_epsilon', 'l1_clip', 'gaussian_mechanism', 'laplace_mechanism',
-           'stationarity_bound', 'distance_bound', 'noisy_descent', 'train_privately', 'noise_run']
+           'laplace_renyi', 'laplace_epsilon', 'gaussian_mechanism', 'laplace_mechanism', 'stationarity_bound',
+           'distance_bound', 'noisy_descent', 'train_privately']
 
-# %% ../nbs/18_privacy.ipynb #c17a2c40
+# %% ../nbs/18_privacy.ipynb #813bc9c9
 #| code-fold: true
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain, islice, repeat
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from . import __version__
 from .data import Images
-from .defenses import clip, gaussian, laplace
+from .defenses import clip, gaussian, l1_clip, laplace
 from .federated import AprilError, Update
 from .training import accuracy
 from .vit import vit
@@ -183,17 +182,7 @@ def laplace_epsilon(
                 for α in WHOLE + FINE)
     return min(rounds / noise_multiplier, *by_order)
 
-# %% ../nbs/18_privacy.ipynb #5bc414e0
-def l1_clip(
-    update: Update,  # what the client would have sent
-    size: float,     # S, the largest L1 norm that an update may have
-) -> Update:         # ∇w · min(1, S / ‖∇w‖₁)
-    """Scales a whole update down to L1 norm S if it is longer; raises `AprilError` if S is not positive."""
-    if not 0 < size < math.inf: raise AprilError(f"the norm to clip to must be positive, not {size}")
-    norm = sum(g.double().abs().sum().item() for g in update.gradients.values())
-    sent = {n: (g.double() * (size / max(norm, size))).to(g.dtype) for n, g in update.gradients.items()}
-    return replace(update, gradients=sent, defenses=(*update.defenses, f"l1-clip:{size:g}"))
-
+# %% ../nbs/18_privacy.ipynb #b5056be8
 def gaussian_mechanism(
     update: Update,              # what the client would have sent
     size: float,                 # S, Euclidean norm to clip to
@@ -260,7 +249,7 @@ def noisy_descent(
     for _ in range(steps): path.append(path[-1] - lr * oracle(path[-1], generator))
     return torch.stack(path)
 
-# %% ../nbs/18_privacy.ipynb #540b463a
+# %% ../nbs/18_privacy.ipynb #f61cfb0d
 def train_privately(
     model: nn.Module,         # changed in place
     images: Tensor,           # shape (n, channels, H, W), normalised
@@ -301,38 +290,3 @@ def train_privately(
             rule.step()
             watch(step, loss.item())
     private.to_standard_module().zero_grad()
-
-def noise_run(
-    digits: Images,           # a data set; in a fixed random order four fifths are trained on
-    noise_multiplier: float,  # z = σ / S
-    clip: float,              # S
-    seed: int,                # of the weights, sampling and noise
-    *,
-    n: int = 10_000,          # images in all
-    steps: int = 240,         # T
-    batch: int = 250,         # images in a step on average
-    lr: float = 2.0,          # η
-    every: int = 40,          # steps between rows
-    width: int = 32,          # C of a ViT of two blocks, architecture B
-    delta: float = 1e-5,      # δ
-    where: torch.device = torch.device("cpu"),   # to compute on
-) -> list[dict]:              # rows of one run of the experiment sgd-noise, without the experiment's name
-    """Trains a small ViT with DP-SGD and reports loss, accuracy and ε along the way."""
-    shape = dict(width=width, depth=2, heads=4, mlp_width=2 * width)
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:n]
-    pixels, y = digits.batch(order.tolist())
-    x, y, cut = digits.format.normalisation(pixels).float().to(where), y.to(where), 4 * len(order) // 5
-    model = vit(digits.format.model, "B", seed=seed, **shape).to(where)
-    rows, start = [], time.perf_counter()
-    config = " ".join(f"{k}={v}" for k, v in (shape | dict(n=cut, batch=batch, lr=lr, steps=steps)).items())
-    common = dict(dataset=digits.name, model=digits.format.model, noise=noise_multiplier, clip=clip,
-                  seed=seed, delta=delta, device=where.type, torch=torch.__version__, version=__version__,
-                  config=config)
-    def tell(step, loss):
-        if step % every: return
-        ε = epsilon(noise_multiplier, delta, step, 1 / math.ceil(cut / batch))
-        rows.append(common | dict(step=step, loss=loss, accuracy=accuracy(model, x[cut:], y[cut:]),
-                                  epsilon=ε, seconds=round(time.perf_counter() - start, 1)))
-    train_privately(model, x[:cut], y[:cut], steps, batch, lr, noise_multiplier=noise_multiplier, clip=clip,
-                    seed=seed, watch=tell)
-    return rows

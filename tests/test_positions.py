@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from april_nb.closed_form import closed_form
-from april_nb.experiments import TRAINING, Arm, Training, attack_slice, run, train_once
+from april_nb.experiments import TRAINING, Arm, Training, attack_slice, run
 from april_nb.federated import AprilError, MissingGradient, client_update
 from april_nb.labels import restore_labels
 from april_nb.matching import Matcher, plain_shares
@@ -98,7 +98,7 @@ def test_gradient_matching_runs_without_the_position_gradient_except_april(metho
     update = client_update(model, *one, withheld=() if fixed else ("positions",))
     settings, box = paper_settings(method, 2), (torch.full((3, 1, 1), -3.0), torch.full((3, 1, 1), 3.0))
     if method == "april":
-        with pytest.raises(MissingGradient, match="fixed or withheld; choose dlg, ig or tag") as error:
+        with pytest.raises(MissingGradient, match="fixed or withheld; take dlg, ig or tag") as error:
             match(model, [update], settings, one[1][None], box)
         assert "\n" not in str(error.value)
     else: assert len(match(model, [update], settings, one[1][None], box)[0].history) == 2
@@ -212,7 +212,7 @@ def test_training_that_cannot_work_says_so_in_one_line(generator):
 
 def test_training_rows_are_one_per_epoch_and_the_loss_falls(monkeypatch):
     monkeypatch.delenv("APRIL_DATA", raising=False)
-    rows = train_once(Training("mnist", "B", "normal", images=100, epochs=3), 0, CPU)
+    rows = Training("mnist", "B", "normal", images=100, epochs=3).once(0, CPU)
     assert [r["epoch"] for r in rows] == [1, 2, 3] and {"experiment", *rows[0]} == set(TRAINING)
     assert rows[-1]["loss"] < rows[0]["loss"], "autocast must not keep the weights of the first step"
 
@@ -222,12 +222,12 @@ def test_a_training_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.delenv("APRIL_DATA", raising=False)
     lines = [Training("mnist", "B", kind, images=20, epochs=1) for kind in ("none", "normal")]
     monkeypatch.setitem(experiments.TRAININGS, "positions", lambda preset: [(line, 2) for line in lines])
-    once, calls = experiments.train_once, []
+    once, calls = Training.once, []
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 3: raise KeyboardInterrupt
         return once(*args)
-    monkeypatch.setattr(experiments, "train_once", interrupted)
+    monkeypatch.setattr(Training, "once", interrupted)
     with pytest.raises(KeyboardInterrupt): run("positions", tmp_path)
     kept = experiments.read_rows(tmp_path / "positions.csv")
     assert len(kept) == 2 and len(run("positions", tmp_path)) == 4 and len(calls) == 5

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from april_nb import privacy
-from april_nb.data import FORMATS, photos
-from april_nb.defenses import total_norm
+from april_nb.defenses import l1_clip, total_norm
+from april_nb.experiments import PrivateTraining
 from april_nb.federated import AprilError, Update
 
 noise, delta, rounds = st.floats(0.05, 50), st.floats(1e-12, 0.5), st.integers(1, 10_000)
@@ -98,9 +98,9 @@ def test_only_functions_import_opacus():
 def test_mechanisms_clip_in_their_norm_and_add_their_noise(seed, S):
     g = torch.Generator().manual_seed(seed)
     update = Update({"a": 5 * torch.randn(400, 50, generator=g), "b": torch.randn(7, generator=g)})
-    l1 = sum(t.abs().sum() for t in privacy.l1_clip(update, S).gradients.values())
+    l1 = sum(t.abs().sum() for t in l1_clip(update, S).gradients.values())
     assert l1 == pytest.approx(S, rel=1e-4)
-    assert total_norm(privacy.l1_clip(update, 1e9)) == pytest.approx(total_norm(update))
+    assert total_norm(l1_clip(update, 1e9)) == pytest.approx(total_norm(update))
     for mechanism, std in [(privacy.gaussian_mechanism, 2 * S * 3), (privacy.laplace_mechanism, 8 ** 0.5 * S * 3)]:
         sent = mechanism(update, S, 3.0, g)
         assert sent["a"].std().item() == pytest.approx(std, rel=0.05)
@@ -147,12 +147,12 @@ def test_the_bounds_refuse_a_step_for_which_they_are_not_proved():
         with pytest.raises(AprilError, match="1/L = 0.5"): privacy.distance_bound(1, 1, 2, lr, 10, 1)
 
 
-def tiny_run(**changes):
-    return privacy.noise_run(photos(FORMATS["mnist"]), **dict(noise_multiplier=1.0, clip=1.0, seed=0, n=20, steps=4,
-                                                              batch=4, every=2, width=8) | changes)
+def tiny_run(seed=0, noise=1.0):
+    return PrivateTraining("mnist", noise, images=20, steps=4, batch=4, every=2, width=8).once(seed, torch.device("cpu"))
 
 
-def test_a_private_training_run_repeats_and_says_what_it_costs():
+def test_a_private_training_run_repeats_and_says_what_it_costs(monkeypatch):
+    monkeypatch.delenv("APRIL_DATA", raising=False)
     before = torch.get_rng_state()
     first, again = tiny_run(), tiny_run()
     assert torch.equal(before, torch.get_rng_state())
@@ -160,5 +160,5 @@ def test_a_private_training_run_repeats_and_says_what_it_costs():
     same = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
     assert same(first) == same(again) != same(tiny_run(seed=1))
     assert first[1]["epsilon"] == privacy.epsilon(1.0, 1e-5, 4, 1 / 4)   # 16 images to train on, 4 in a step
-    assert tiny_run(noise_multiplier=0.0)[0]["epsilon"] == math.inf
-    with pytest.raises(AprilError, match="choose 0 or more"): tiny_run(noise_multiplier=-1.0)
+    assert tiny_run(noise=0.0)[0]["epsilon"] == math.inf
+    with pytest.raises(AprilError, match="choose 0 or more"): tiny_run(noise=-1.0)
