@@ -68,7 +68,7 @@ BAD = {  # what is wrong: arguments (in a folder with ok.png, half.png and notes
     "no such class": (SMALL + "--label 10", "no class 10"),
     "fixed positions": (SMALL + "--positions normal", "fixed positions are not trained"),
     "withheld positions": (SMALL + "--know withheld", "'positions': the client withheld it"),
-    "april without positions": (SMALL + "--arch B --method april --know withheld", "choose dlg, ig or tag"),
+    "april without positions": (SMALL + "--arch B --method april --know withheld", "take dlg, ig or tag"),
     "a secret formula": (SMALL + "--positions sincos2d --know secret", "they are a formula"),
     "unknown positions": (SMALL + "--positions rotary", "rotary"),
     "unknown knowledge": (SMALL + "--know all", "'all'"),
