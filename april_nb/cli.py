@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Positions', 'Know', 'Method', 'L
            'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'run_command',
            'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #cf0f7eca
+# %% ../nbs/93_cli.ipynb #ff92583f
 #| code-fold: true
 import json
 import statistics
@@ -33,7 +33,7 @@ from .certificate import Reconstruction
 from .closed_form import closed_form
 from .data import format_of, photos, read_image
 from .defenses import EXAMPLES, defense, noise_generator
-from .experiments import EXPERIMENTS, KEY, TRAININGS, group, run
+from .experiments import EXPERIMENTS, KEY, SAME, TRAININGS, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
 from .federated import AprilError, client_update, whole_file
@@ -213,10 +213,10 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #da526233
+# %% ../nbs/93_cli.ipynb #ec75843c
 @app.command("run")
 def run_command(
-    experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS | TRAININGS)}")],
+    experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS | TRAININGS | SAME)}")],
     dataset: Annotated[str | None, typer.Option(help="only this data set", show_default=False)] = None,
     method: Annotated[str | None, typer.Option(help="only this attack", show_default=False)] = None,
     settings: Annotated[str | None, typer.Option(
@@ -238,6 +238,7 @@ def run_command(
     with progress_bar(experiment) as tell:
         rows = run(experiment, results, dataset=dataset, method=method, settings=settings, n=n, steps=steps,
                    preset=preset.value, seed=seed, where=choose_device(device), watch=tell)
+    experiment = SAME.get(experiment, experiment)
     if experiment in TRAININGS: return show_trainings(rows, results / f"{experiment}.csv")
     table = Table("images", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
                   title=f"{experiment}: rows in {results / experiment}.csv")
