@@ -17,6 +17,7 @@ def execute(path):
     """Runs every cell of one notebook that may run and stores its outputs."""
     notebook = nbformat.read(path, 4)
     client = NotebookClient(notebook, timeout=3600, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+                            coalesce_streams=True,
                             resources={"metadata": {"path": ROOT / "nbs"}})
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
