@@ -212,7 +212,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #869ef74d
+# %% ../nbs/93_cli.ipynb #521f7544
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS | TRAININGS)}")],
@@ -238,14 +238,15 @@ def run_command(
         rows = run(experiment, results, dataset=dataset, method=method, settings=settings, n=n, steps=steps,
                    preset=preset.value, seed=seed, where=choose_device(device), watch=tell)
     if experiment in TRAININGS: return show_trainings(rows, results / f"{experiment}.csv")
-    table = Table("images", "model", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
+    table = Table("images", "arch", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
                   title=f"{experiment}: rows in {results / experiment}.csv")
     for same in group(rows, *(column for column in KEY if column != "image_id")).values():
         median = lambda key: statistics.median(row[key] for row in same)
         first, verdicts = same[0], Counter(row["verdict"] for row in same)
         how = f"{first['settings']} {first['config']} {first['dtype']}"
         table.add_row(first["dataset"], first["arch"], first["method"], how, str(first["steps"]), str(len(same)),
-                      f"{median('mse'):.2e}", f"{median('psnr'):.1f}", ", ".join(f"{v} {k}" for k, v in verdicts.items()))
+                      f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
+                      ", ".join(f"{v} {k}" for k, v in verdicts.items()))
     Console(force_jupyter=False, color_system=None, width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #c73f3a4d
