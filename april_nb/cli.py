@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Positions', 'Know', 'Method', 'L
            'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'run_command',
            'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #cf0f7eca
+# %% ../nbs/93_cli.ipynb #e0ff7735
 #| code-fold: true
 import json
 import statistics
@@ -39,11 +39,12 @@ from .experiments import device as choose_device
 from .federated import AprilError, client_update, whole_file
 from .metrics import Score, as_psnr, scores
 from .optimization import PUBLISHED, gradient_matching, paper_settings
+from .subspace import subspace_leakage
 from .views import view
 from .vit import INITIALISATIONS, POSITIONS, PRESETS, guess_positions, vit
 
-# %% ../nbs/93_cli.ipynb #5a166506
-METHODS = {"closed-form": closed_form} | dict.fromkeys(PUBLISHED, gradient_matching)
+# %% ../nbs/93_cli.ipynb #bf7fa474
+METHODS = {"closed-form": closed_form, "subspace": subspace_leakage} | dict.fromkeys(PUBLISHED, gradient_matching)
 
 Model = Enum("Model", {name: name for name in PRESETS}, type=str)
 Arch = Enum("Arch", {name: name for name in "AB"}, type=str)
@@ -62,7 +63,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #40e577bd
+# %% ../nbs/93_cli.ipynb #ae0d063c
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -78,7 +79,7 @@ def attack(
         help="shared: the position gradient is sent (learned positions only; fixed ones have none, which is "
              "withheld); withheld: it is not; secret: nor does the server know the positions")] = Know.shared,
     labels: Annotated[Labels, typer.Option(
-        help="does the attacker restore labels or know them? (closed-form needs none)")] = Labels.restored,
+        help="does the attacker restore labels or know them? (closed-form and subspace need none)")] = Labels.restored,
     label: Annotated[list[int], typer.Option(
         metavar="K", help="the image's true class; once, or once per image")] = [0],
     dtype: Annotated[DType, typer.Option(
