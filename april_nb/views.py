@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .federated import AprilError, InvalidUpdate, Update
 from .vit import ViT
 
-# %% ../nbs/03_views.ipynb #4817bb52
+# %% ../nbs/03_views.ipynb #16552aab
 class NotApplicable(AprilError):
     """An attack that cannot apply to this model, whatever the update holds."""
 
@@ -40,6 +40,7 @@ class View:
     blocks: str                     # name of the module whose input is the stream Z
     learns_positions: bool          # is E_pos trained, so that a gradient of it exists?
     attention_reads_stream: bool    # does the first attention read Z itself, and nothing else read Z?
+    norm: tuple[str, str] | None = None  # names of γ and β of the layer norm before it; None where it reads Z
 
     def weight(
         self,
@@ -78,7 +79,7 @@ def view(
     """
     raise NotApplicable(f"no view for {type(model).__name__}: register one with april_nb.views.view.register")
 
-# %% ../nbs/03_views.ipynb #228e92ca
+# %% ../nbs/03_views.ipynb #73736adf
 @view.register
 def _(model: ViT) -> View:          # its parts by name
     return View(
@@ -87,4 +88,5 @@ def _(model: ViT) -> View:          # its parts by name
         class_token=None if model.class_token is None else "class_token",
         qkv=tuple(f"blocks.0.attention.{part}.weight" for part in "qkv"),
         head_weight="head.weight", head_bias=None if model.head.bias is None else "head.bias",
-        blocks="blocks", learns_positions=model.position_kind == "learned", attention_reads_stream=model.arch == "A")
+        blocks="blocks", learns_positions=model.position_kind == "learned", attention_reads_stream=model.arch == "A",
+        norm=None if model.arch == "A" else ("blocks.0.norm1.weight", "blocks.0.norm1.bias"))
