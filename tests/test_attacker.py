@@ -19,7 +19,8 @@ def test_an_attack_takes_a_model_and_an_update_first_and_no_image_ever():
 
 
 def test_an_update_holds_gradients_and_counts_only():
-    assert [f.name for f in dataclasses.fields(Update)] == ["gradients", "examples", "local_steps", "lr", "withheld"]
+    assert [f.name for f in dataclasses.fields(Update)] == ["gradients", "examples", "local_steps", "lr", "withheld",
+                                                         "defenses"]   # by name, which the attacker knows anyhow
     model = vit("vit_mnist", "A")
     update = client_update(model, torch.rand(1, 1, 28, 28), torch.tensor([1]))
     assert {n: g.shape for n, g in update.gradients.items()} == {n: p.shape for n, p in model.named_parameters()}
