@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'open_once', 'CLOSED_FORMS', 'COLUMNS', 'NUMBERS', 'KEY', 
            'name_of', 'attack_slice', 'Training', 'PrivateTraining', 'run_trainings', 'Slice', 'victims_at_once',
            'plan', 'run', 'select', 'values', 'group']
 
-# %% ../nbs/91_experiments.ipynb #c7154180
+# %% ../nbs/91_experiments.ipynb #9b9a4298
 #| code-fold: true
 import csv
 import functools
@@ -33,7 +33,7 @@ from .metrics import scores
 from .optimization import PUBLISHED, Settings, match, paper_settings
 from .patch import patch_leakage
 from .privacy import epsilon, noise_for, train_privately
-from .subspace import subspace_leakage
+from .subspace import refine, subspace_leakage
 from .training import accuracy, train
 from .views import view
 from .vit import POSITIONS, guess_positions, vit
@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #22127af5
+# %% ../nbs/91_experiments.ipynb #20371e09
 open_once = functools.cache(load)
 
 # attacks that solve, and take no settings
@@ -94,7 +94,7 @@ class Arm:
     """What all images of one line of a table have in common."""
     dataset: str               # "mnist", "cifar10", "imagenet" or "photos"
     arch: str                  # "A" or "B"
-    method: str                # one of `CLOSED_FORMS`, or "dlg", "ig", "tag" or "april"
+    method: str                # one of `CLOSED_FORMS`, "refine", "dlg", "ig", "tag" or "april"
     settings: str = "paper"    # or "published"
     labels: str = "known"      # or "restored"; closed forms need none, and DLG may search for them
     init: str = "torch"        # or "timm"
@@ -105,7 +105,7 @@ class Arm:
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
     defense: tuple[str, ...] = ()               # what each client does to its update, see `april_nb.defenses`
-    tuning: bool = False       # on the last images of the sample, which no table reports?
+    last: bool = False         # on the last images of the sample, to keep choices and reports apart?
     positions: str = "learned"  # kind of position embedding, see `april_nb.vit.POSITIONS`
     know: str = "shared"       # or "withheld" (no gradient of E_pos is sent) or "secret" (nor is E_pos known)
 
@@ -116,7 +116,7 @@ class Arm:
 
     def matching(self) -> Settings | None:  # `None` for a closed form
         """The settings of gradient matching in full."""
-        if self.method in CLOSED_FORMS: return None
+        if self.method not in PUBLISHED: return None
         published = PUBLISHED[self.method]
         base = paper_settings(self.method, self.format.steps) if self.settings == "paper" else published
         return replace(base, **{"steps": self.steps or base.steps} | dict(self.attack or {}))
@@ -133,10 +133,11 @@ class Arm:
     def row(self, seed: int) -> dict:   # the columns of `KEY` but for experiment and image
         """What is the same in all rows of the arm."""
         chosen = self.matching()
-        labels = "none" if chosen is None else "optimised" if chosen.soft_labels else self.labels
+        labels = "none" if self.method in CLOSED_FORMS else "optimised" if chosen and chosen.soft_labels else self.labels
+        steps = chosen.steps if chosen else self.steps if self.method == "refine" else 0
         positions = self.positions if self.know == "shared" else f"{self.positions}/{self.know}"
         return dict(dataset=name_of_data(self.dataset), arch=self.arch, method=self.method, settings=self.settings,
-                    seed=seed, steps=chosen.steps if chosen else 0, labels=labels, positions=positions,
+                    seed=seed, steps=steps, labels=labels, positions=positions,
                     dtype=self.dtype, config=self.config())
 
 # %% ../nbs/91_experiments.ipynb #6e76bae6
@@ -179,7 +180,7 @@ def add_rows(
             writer.writeheader()
             writer.writerows(table[k] for k in sorted(table))
 
-# %% ../nbs/91_experiments.ipynb #b3c679c8
+# %% ../nbs/91_experiments.ipynb #b71c3e53
 def solve_all(attack, server, updates):
     """A closed form: zero steps, images, the largest residual in the place of a loss, verdicts."""
     answers = [attack(server, u) for u in updates]
@@ -187,15 +188,16 @@ def solve_all(attack, server, updates):
     yield 0, [a.images for a in answers], residuals, [a.verdict for a in answers]
 
 def match_all(arm, server, updates, labels, seeds, watch):
-    """Gradient matching: for the answer and for each mark its step, images, losses and verdicts."""
+    """A search: for the answer and for each mark its step, images, losses and verdicts."""
     settings, marked = arm.matching(), []
     def tell(step, losses, guesses):
         if step in arm.marks: marked.append((step, guesses.clone(), losses.tolist()))
         watch(step, losses.median().item())
     if arm.labels == "restored": labels = torch.stack([restore_labels(server, u) for u in updates])
-    answers = match(server, updates, settings, labels, arm.format.normalisation.box(), seeds, watch=tell)
+    if arm.method == "refine": answers = refine(server, updates, arm.steps, labels[:, 0], tell)
+    else: answers = match(server, updates, settings, labels, arm.format.normalisation.box(), seeds, watch=tell)
     least = [a.history.nan_to_num(torch.inf).min().item() for a in answers]
-    yield settings.steps, [a.images for a in answers], least, [a.verdict for a in answers]
+    yield settings.steps if settings else arm.steps, [a.images for a in answers], least, [a.verdict for a in answers]
     for mark in marked: yield *mark, [a.verdict for a in answers]
 
 def defended(arm, server, update, seed):
@@ -248,7 +250,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #c0524904
+# %% ../nbs/91_experiments.ipynb #b4d6fc8a
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -336,6 +338,14 @@ def patch_arms(preset):
             for init, n in (("torch", 500), ("timm", 50)):
                 yield Arm(dataset, arch, "patch", init=init), {"quick": 2, "paper": n}[preset]
 
+def subspace_arms(preset):
+    """Theorem 4 without a position gradient, and the search behind it, on images that no choice saw (chapter 21)."""
+    n, steps, marks = {"quick": (1, 4, (0, 2)), "paper": (20, 300, (0, 10, 50, 100, 200))}[preset]
+    for positions in ("normal", "sincos1d", "sincos2d"):
+        for dtype in ("float64", "float32"):
+            yield Arm("cifar10", "B", "subspace", positions=positions, dtype=dtype, last=True), n
+    yield Arm("cifar10", "B", "refine", labels="restored", positions="sincos1d", steps=steps, marks=marks, last=True), n
+
 def sensitivity_arms(preset):
     """Table 1 by another optimiser, under timm's initialisation, in the pixel box; architecture B."""
     steps, n = {"quick": (20, 1), "paper": (None, 8)}[preset]
@@ -352,16 +362,16 @@ def tuning_arms(preset):
             ("ig", [{"tv": tv} for tv in (0.0, 1e-6, 1e-5, 1e-4)] + [{"lr": 0.3}]),
             ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)] + [{"lr": 1.0}]),
             ("dlg", [{"lr": lr} for lr in (0.3, 1.0, 2.0)])]:
-        for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, tuning=True), n
+        for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, last=True), n
     for method in PUBLISHED:
         for lr in (0.03, 0.1, 0.3):
-            yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, tuning=True), n
+            yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
 
-# %% ../nbs/91_experiments.ipynb #de0b4206
+# %% ../nbs/91_experiments.ipynb #8e118954
 EXPERIMENTS = {"closed_form": closed_form_arms, "fig2": figure2_arms, "fig3": figure3_arms,
                "fig4": figure4_arms, "fig5": width_arms, "fig6": figure6_arms, "fig8": figure8_arms,
                "noise-price": price_arms, "patch": patch_arms, "sensitivity": sensitivity_arms,
-               "table1": table1_arms, "tuning": tuning_arms}
+               "subspace": subspace_arms, "table1": table1_arms, "tuning": tuning_arms}
 SAME = {"fig7": "fig8"}   # the paper's Figure 7 shows pictures of the runs whose curves are Figure 8
 
 # %% ../nbs/91_experiments.ipynb #1f98a8ef
@@ -512,7 +522,7 @@ def run_trainings(
         add_rows(path, [{"experiment": experiment} | row for row in rows])
     return [row for training, s in runs for row in select(read_rows(path), **training.row(s))]
 
-# %% ../nbs/91_experiments.ipynb #034c099f
+# %% ../nbs/91_experiments.ipynb #b44544d3
 @dataclass(frozen=True)
 class Slice:
     """Images of one arm that are attacked together."""
@@ -541,7 +551,7 @@ def plan(
     have, common = set(map(key, done)), arm.row(seed)
     labels = images_of(arm.dataset).labels
     ids = sample(labels, len(labels))
-    ids = (ids[::-1] if arm.tuning else ids)[:n - n % arm.batch]
+    ids = (ids[::-1] if arm.last else ids)[:n - n % arm.batch]
     slices = batches(ids, victims_at_once(arm, where) * arm.batch)
     left = [[group for group in batches(part, arm.batch)
              if any(key(common | {"image_id": i}) not in have for i in group)] for part in slices]
