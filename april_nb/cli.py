@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Positions', 'Know', 'Method', 'L
            'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'run_command',
            'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #ff92583f
+# %% ../nbs/93_cli.ipynb #29e22486
 #| code-fold: true
 import json
 import statistics
@@ -30,10 +30,9 @@ from rich.table import Table
 from . import plotting
 from .bench import bench
 from .certificate import Reconstruction
-from .closed_form import closed_form
 from .data import format_of, photos, read_image
 from .defenses import EXAMPLES, defense, noise_generator
-from .experiments import EXPERIMENTS, KEY, SAME, TRAININGS, group, run
+from .experiments import CLOSED_FORMS, EXPERIMENTS, KEY, SAME, TRAININGS, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
 from .federated import AprilError, client_update, whole_file
@@ -42,8 +41,8 @@ from .optimization import PUBLISHED, gradient_matching, paper_settings
 from .views import view
 from .vit import INITIALISATIONS, POSITIONS, PRESETS, guess_positions, vit
 
-# %% ../nbs/93_cli.ipynb #5a166506
-METHODS = {"closed-form": closed_form} | dict.fromkeys(PUBLISHED, gradient_matching)
+# %% ../nbs/93_cli.ipynb #4dcd295f
+METHODS = CLOSED_FORMS | dict.fromkeys(PUBLISHED, gradient_matching)
 
 Model = Enum("Model", {name: name for name in PRESETS}, type=str)
 Arch = Enum("Arch", {name: name for name in "AB"}, type=str)
@@ -62,7 +61,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #40e577bd
+# %% ../nbs/93_cli.ipynb #5c9d41a4
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -78,7 +77,7 @@ def attack(
         help="shared: the position gradient is sent (learned positions only; fixed ones have none, which is "
              "withheld); withheld: it is not; secret: nor does the server know the positions")] = Know.shared,
     labels: Annotated[Labels, typer.Option(
-        help="does the attacker restore labels or know them? (closed-form needs none)")] = Labels.restored,
+        help="does the attacker restore labels or know them? (closed-form and patch need none)")] = Labels.restored,
     label: Annotated[list[int], typer.Option(
         metavar="K", help="the image's true class; once, or once per image")] = [0],
     dtype: Annotated[DType, typer.Option(
@@ -213,7 +212,7 @@ def show(
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
 
-# %% ../nbs/93_cli.ipynb #ec75843c
+# %% ../nbs/93_cli.ipynb #4d2f54f2
 @app.command("run")
 def run_command(
     experiment: Annotated[str, typer.Argument(help=f"one of {', '.join(EXPERIMENTS | TRAININGS | SAME)}")],
@@ -240,13 +239,13 @@ def run_command(
                    preset=preset.value, seed=seed, where=choose_device(device), watch=tell)
     experiment = SAME.get(experiment, experiment)
     if experiment in TRAININGS: return show_trainings(rows, results / f"{experiment}.csv")
-    table = Table("images", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
+    table = Table("images", "arch", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
                   title=f"{experiment}: rows in {results / experiment}.csv")
     for same in group(rows, *(column for column in KEY if column != "image_id")).values():
         median = lambda key: statistics.median(row[key] for row in same)
         first, verdicts = same[0], Counter(row["verdict"] for row in same)
         how = f"{first['settings']} {first['config']} {first['dtype']}"
-        table.add_row(first["dataset"], first["method"], how, str(first["steps"]), str(len(same)),
+        table.add_row(first["dataset"], first["arch"], first["method"], how, str(first["steps"]), str(len(same)),
                       f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
                       ", ".join(f"{v} {k}" for k, v in verdicts.items()))
     Console(force_jupyter=False, color_system=None, width=150).print(table)

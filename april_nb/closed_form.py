@@ -29,7 +29,7 @@ def pixels(
     embedded = Z_p - E_pos - view.weight(view.patch_bias)
     return solve(view.weight(view.patch_weight), embedded.mT, "patch_embedding", Z_p.dtype)
 
-# %% ../nbs/10_closed_form.ipynb #fe4cc9f2
+# %% ../nbs/10_closed_form.ipynb #5a5af7ac
 def closed_form(
     model: nn.Module,  # the server's model, architecture A
     update: Update,    # what the client sent
@@ -50,7 +50,7 @@ def closed_form(
         raise NotApplicable(
             "closed-form needs architecture A: here a layer norm and a residual connection stand between "
             "the position embedding and the attention, and Theorem 1's premise fails; "
-            "the gradient-matching methods (dlg, ig, tag, april) do not need it")
+            "patch and the gradient-matching methods (dlg, ig, tag, april) do not need it")
     G, B = position_gradient(v, update), attention_moment(v, update)
     Z_p = attention_input(G, B, v.known_tokens(), update.dtype)
     X = pixels(Z_p.X, v)
