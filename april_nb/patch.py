@@ -15,7 +15,7 @@ from .position import position_gradient
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/20_patch.ipynb #74972569
+# %% ../nbs/20_patch.ipynb #fc655a8d
 def patches(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -27,7 +27,7 @@ def patches(
     MissingGradient
         If the gradient of the position embedding or of the patch embedding is not in the update.
     """
-    G_p = position_gradient(view, update)[len(view.known_tokens()):]
+    G_p = position_gradient(view, update)[-view.patches:]
     return solve(G_p.mT, view.gradient(update, view.patch_weight), "patch_embedding", update.dtype)
 
 # %% ../nbs/20_patch.ipynb #65b37408
