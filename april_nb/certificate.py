@@ -25,7 +25,7 @@ def rank_tolerance(
     m, n = A.shape
     return A.norm().item() * max(min(eps, eps32), 16 * eps64, eps * (m ** -0.5 + n ** -0.5))
 
-# %% ../nbs/07_certificate.ipynb #7018174e
+# %% ../nbs/07_certificate.ipynb #cbfdd941
 @dataclass(frozen=True)
 class System:
     """The certificate of one solved linear system."""
@@ -53,14 +53,15 @@ def solve(
     B: Tensor,           # shape (m, k), float64
     name: str,           # of the system, for the certificate
     dtype: torch.dtype,  # the format in which the numbers in A and B were sent
+    tolerance: float | None = None,  # singular values of A below it are error (default: `rank_tolerance`)
 ) -> Solution:        # X, shape (n, k), with its certificate
     """Least squares by singular value decomposition, with a certificate.
 
-    Directions below `rank_tolerance` are left out: what they would add is rounding.
+    Directions below the tolerance are left out: what they would add is rounding.
     """
     m, n = A.shape
     U, S, Vt = torch.linalg.svd(A, full_matrices=False)
-    rank = int((S > rank_tolerance(A, dtype)).sum())
+    rank = int((S > (rank_tolerance(A, dtype) if tolerance is None else tolerance)).sum())
     U, s, Vt = U[:, :rank], S[:rank, None], Vt[:rank]
     X = Vt.mT @ ((U.mT @ B) / s)
     residual, size = (A @ X - B).norm().item(), B.norm().item()

@@ -61,7 +61,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #5c9d41a4
+# %% ../nbs/93_cli.ipynb #790d70c0
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -77,7 +77,7 @@ def attack(
         help="shared: the position gradient is sent (learned positions only; fixed ones have none, which is "
              "withheld); withheld: it is not; secret: nor does the server know the positions")] = Know.shared,
     labels: Annotated[Labels, typer.Option(
-        help="does the attacker restore labels or know them? (closed-form and patch need none)")] = Labels.restored,
+        help="does the attacker restore labels or know them? (closed forms need none)")] = Labels.restored,
     label: Annotated[list[int], typer.Option(
         metavar="K", help="the image's true class; once, or once per image")] = [0],
     dtype: Annotated[DType, typer.Option(

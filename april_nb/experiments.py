@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'open_once', 'CLOSED_FORMS', 'COLUMNS', 'NUMBERS', 'KEY', 
            'name_of', 'attack_slice', 'Training', 'PrivateTraining', 'run_trainings', 'Slice', 'victims_at_once',
            'plan', 'run', 'select', 'values', 'group']
 
-# %% ../nbs/91_experiments.ipynb #a37503de
+# %% ../nbs/91_experiments.ipynb #c7154180
 #| code-fold: true
 import csv
 import functools
@@ -33,6 +33,7 @@ from .metrics import scores
 from .optimization import PUBLISHED, Settings, match, paper_settings
 from .patch import patch_leakage
 from .privacy import epsilon, noise_for, train_privately
+from .subspace import subspace_leakage
 from .training import accuracy, train
 from .views import view
 from .vit import POSITIONS, guess_positions, vit
@@ -69,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #030a52d2
+# %% ../nbs/91_experiments.ipynb #3389bb3c
 open_once = functools.cache(load)
 
 def images_of(
@@ -85,7 +86,8 @@ def name_of_data(
     name = images_of(dataset).name
     return name if name == dataset else f"{name} as {dataset}"
 
-CLOSED_FORMS = {"closed-form": closed_form, "patch": patch_leakage}   # attacks that solve, and take no settings
+# attacks that solve, and take no settings
+CLOSED_FORMS = {"closed-form": closed_form, "patch": patch_leakage, "subspace": subspace_leakage}
 
 @dataclass(frozen=True)
 class Arm:
