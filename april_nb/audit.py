@@ -6,7 +6,7 @@
 __all__ = ['ATTACKS', 'SEARCHES', 'FIRST_STEP', 'STOPPED', 'WITHHOLD', 'STYLE', 'LIBRARIES', 'Part', 'leaking_parts', 'Finding',
            'Case', 'OutOfTime', 'search', 'Cure', 'defended', 'Audit', 'text', 'audit', 'page', 'named_model']
 
-# %% ../nbs/22_audit.ipynb #24a03eb1
+# %% ../nbs/22_audit.ipynb #cd0bb496
 #| code-fold: true
 import base64
 import html
@@ -28,7 +28,7 @@ from .certificate import Reconstruction, System
 from .closed_form import closed_form
 from .data import FORMATS, Format, Normalisation, format_of
 from .defenses import defense, noise_generator
-from .federated import AprilError, MissingGradient, Update, client_update
+from .federated import AprilError, InvalidUpdate, MissingGradient, Update, client_update
 from .labels import restore_labels
 from .linear import NotRecoverable
 from .metrics import as_psnr, scores
@@ -317,7 +317,7 @@ def once(f):
         if (seconds := time.perf_counter() - start) > 1: break
     return seconds
 
-# %% ../nbs/22_audit.ipynb #2da3eb40
+# %% ../nbs/22_audit.ipynb #c0e7aa50
 def audit(
     model: nn.Module,                # the server's model, of any family that has a view; left untouched
     images: Tensor | None = None,    # the client's, shape (B, channels, H, W), pixels in [0, 1]
@@ -339,11 +339,15 @@ def audit(
     ------
     NotApplicable
         If there is no view for the model.
+    InvalidUpdate
+        If the update belongs to another model.
     AprilError
         If neither images nor an update are given, or they do not fit the model.
     """
     v, name = view(model), name or type(model).__name__
     if images is None and update is None: raise AprilError("give images, an update, or both")
+    if update and (strange := sorted(set(update.gradients) - set(v.weights))):
+        raise InvalidUpdate(f"the model has no parameter {strange[0]!r}: the update belongs to another model")
     like = next(model.parameters())
     truth = None if images is None else normalisation(images.to(like.device))
     guess = like.new_zeros(1, *v.image_shape) if truth is None else truth.to(like.dtype)

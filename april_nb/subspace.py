@@ -23,7 +23,7 @@ from .optimization import LBFGS, conclude, mismatch
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/21_subspace.ipynb #f60fa9a9
+# %% ../nbs/21_subspace.ipynb #3b2ad3d1
 @dataclass(frozen=True)
 class RowSpace:
     """The row space of a gradient, with what its spectrum says about it."""
@@ -57,9 +57,9 @@ def row_space(
     _, S, Vt = torch.linalg.svd(grad, full_matrices=False)
     floor, size = rank_tolerance(grad, dtype), max(S.norm().item(), math.ulp(0))
     rank = int((S > floor).sum())
-    k = most if needed else min(rank, most)
+    k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
-    system = System(name, rank, k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
+    system = System(name, rank, most if needed else k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
     return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 # %% ../nbs/21_subspace.ipynb #eafeabb7
@@ -186,7 +186,7 @@ def equations(
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
     return Equations(patches, tokens, embed, offset, rest)
 
-# %% ../nbs/21_subspace.ipynb #6fee5e42
+# %% ../nbs/21_subspace.ipynb #e259e927
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
 CONTRADICTION = 0.5  # relative residual at which an unexplained one says that the equations are not the client's
 
@@ -208,7 +208,7 @@ def subspace_leakage(
     e = equations(v, update)
     spaces = e.patches.system, e.tokens.system
     image = lambda A: from_patches((e.patches.basis @ A).mT[None], v.patch, *v.image_shape[1:])
-    if 0 in (e.patches.system.rank, e.tokens.system.rank):
+    if 0 in (e.patches.system.rank, e.tokens.system.rank, e.rest.shape[1]):   # nothing sent, or T ≥ C
         return Reconstruction(image(e.embed.new_zeros(e.embed.shape[1], e.offset.shape[1])), spaces, math.inf,
                               *judge(spaces, math.inf, update))
     solution = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)
