@@ -23,7 +23,7 @@ from .optimization import LBFGS, conclude, mismatch
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/21_subspace.ipynb #3b2ad3d1
+# %% ../nbs/21_subspace.ipynb #2596c888
 @dataclass(frozen=True)
 class RowSpace:
     """The row space of a gradient, with what its spectrum says about it."""
@@ -34,7 +34,7 @@ class RowSpace:
 
     @property
     def gap(self) -> float:
-        """The last singular value that was kept over the first that was not; infinite where none is left."""
+        """The last singular value that was kept over the first that was not; infinite if none is left."""
         k = self.basis.shape[1]
         return (self.values[k - 1] / self.values[k]).item() if 0 < k < len(self.values) else math.inf
 
@@ -42,7 +42,7 @@ class RowSpace:
         self,
         vectors: Tensor,  # shape (n, k'), in the space but for errors
     ) -> Tensor:          # their coordinates over the singular values, shape (k, k')
-        """Times the error of the gradient, how far the vectors seem to leave the space: u_i is off by ν / s_i."""
+        """Times the gradient's error, how far vectors seem to leave the space: u_i is off by ν / s_i."""
         return self.basis.mT @ vectors / self.values[:self.basis.shape[1], None]
 
 def row_space(
@@ -62,7 +62,7 @@ def row_space(
     system = System(name, rank, most if needed else k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
     return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
-# %% ../nbs/21_subspace.ipynb #eafeabb7
+# %% ../nbs/21_subspace.ipynb #12c1a633
 @dataclass(frozen=True)
 class Equations:
     """Theorem 4's system K A = B for the coordinates of the patches, x_t = R a_t."""
@@ -84,9 +84,10 @@ class Equations:
 
     @property
     def tolerance(self) -> float:
-        """The largest singular value of K that is less than eight times what the error of U makes in its direction."""
+        """The largest singular value of K below eight times the error that U brings into its direction."""
         _, s, Vt = torch.linalg.svd(self.K, full_matrices=False)
-        by_error = self.tokens.noise * self.tokens.error(self.embed @ Vt.mT).norm(dim=0) * len(self.K) ** 0.5
+        by_error = self.tokens.noise * self.tokens.error(self.embed @ Vt.mT).norm(dim=0)
+        by_error = by_error * len(self.K) ** 0.5
         return max(rank_tolerance(self.K, torch.float64), *s[s < 8 * by_error].tolist(), 0.0)
 
     def noise(
@@ -97,6 +98,7 @@ class Equations:
         inputs = self.embed @ A + self.offset
         return self.tokens.noise * self.tokens.error(inputs).norm().item() / A.shape[1] ** 0.5
 
+# %% ../nbs/21_subspace.ipynb #b3cdcd61
 def equations(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -111,12 +113,14 @@ def equations(
     W_p, e, known = view.weight(view.patch_weight), view.weight(view.positions), len(view.known_tokens())
     P, images = len(e) - known, update.examples
     T, sent = images * P + known, [view.gradient(update, name) for name in view.qkv]
-    parts = [part for grad in sent for part in grad.split(grad.shape[1])]   # also of a weight that stacks the three
+    parts = [part for grad in sent for part in grad.split(grad.shape[1])]   # one tensor may stack the three
     loud = [torch.linalg.svdvals(part)[T:].norm().item() for part in parts]
-    quiet = torch.cat([part / (noise or 1.0) for part, noise in zip(parts, loud)])   # equal noise in all three
-    patches = row_space(view.gradient(update, view.patch_weight), images * P, update.dtype, "patches", needed=False)
+    quiet = torch.cat([part / (noise or 1.0) for part, noise in zip(parts, loud)])   # equal noise in all
+    patches = row_space(view.gradient(update, view.patch_weight), images * P, update.dtype, "patches",
+                        needed=False)
     tokens = row_space(quiet, T, update.dtype, "tokens")
-    embed, offset, occupied = W_p @ patches.basis, view.offsets().mT, tokens.basis
+    embed, offset = W_p @ patches.basis, view.offsets().mT
+    occupied = tokens.basis
     if view.norm is not None:
         gain, bias = (view.weight(name)[:, None] for name in view.norm)
         embed, offset = (gain * (m - m.mean(0)) for m in (embed, offset))
@@ -124,80 +128,18 @@ def equations(
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
     return Equations(patches, tokens, embed, offset, rest)
 
-# %% ../nbs/21_subspace.ipynb #e95a13ef
-@dataclass(frozen=True)
-class Equations:
-    """Theorem 4's system K A = B for the coordinates of the patches, x_t = R a_t."""
-    patches: RowSpace  # R, shape (D, r)
-    tokens: RowSpace   # U, shape (C, T)
-    embed: Tensor      # γ ⊙ C(W_p R), shape (C, r)
-    offset: Tensor     # γ ⊙ C(b_p + e_t), shape (C, P)
-    rest: Tensor       # orthonormal basis of what is orthogonal to U and β, shape (C, C − T or C − T − 1)
-
-    @property
-    def K(self) -> Tensor:
-        """Coefficients, shape (C − T, r)."""
-        return self.rest.mT @ self.embed
-
-    @property
-    def B(self) -> Tensor:
-        """Right-hand side, shape (C − T, P)."""
-        return -self.rest.mT @ self.offset
-
-    @property
-    def tolerance(self) -> float:
-        """The largest singular value of K that is less than eight times what the error of U makes in its direction."""
-        _, s, Vt = torch.linalg.svd(self.K, full_matrices=False)
-        by_error = self.tokens.noise * self.tokens.error(self.embed @ Vt.mT).norm(dim=0) * len(self.K) ** 0.5
-        return max(rank_tolerance(self.K, torch.float64), *s[s < 8 * by_error].tolist(), 0.0)
-
-    def noise(
-        self,
-        A: Tensor,  # coordinates, shape (r, P)
-    ) -> float:     # in the unit of the equations
-        """Standard deviation of the error that U brings into an equation, mean over the tokens."""
-        inputs = self.embed @ A + self.offset
-        return self.tokens.noise * self.tokens.error(inputs).norm().item() / A.shape[1] ** 0.5
-
-def equations(
-    view: View,      # of the server's model
-    update: Update,  # what the client sent
-) -> Equations:      # for the coordinates of the patches
-    """The linear facts behind Theorem 4; neither the position embedding's gradient nor a label is read.
-
-    Raises
-    ------
-    MissingGradient
-        If the gradient of the patch embedding or of the first block's q, k, v is not in the update.
-    """
-    W_p, e, known = view.weight(view.patch_weight), view.weight(view.positions), len(view.known_tokens())
-    P, images = len(e) - known, update.examples
-    T, sent = images * P + known, [view.gradient(update, name) for name in view.qkv]
-    parts = [part for grad in sent for part in grad.split(grad.shape[1])]   # also of a weight that stacks the three
-    loud = [torch.linalg.svdvals(part)[T:].norm().item() for part in parts]
-    quiet = torch.cat([part / (noise or 1.0) for part, noise in zip(parts, loud)])   # equal noise in all three
-    patches = row_space(view.gradient(update, view.patch_weight), images * P, update.dtype, "patches", needed=False)
-    tokens = row_space(quiet, T, update.dtype, "tokens")
-    embed, offset, occupied = W_p @ patches.basis, view.offsets().mT, tokens.basis
-    if view.norm is not None:
-        gain, bias = (view.weight(name)[:, None] for name in view.norm)
-        embed, offset = (gain * (m - m.mean(0)) for m in (embed, offset))
-        if bias.any(): occupied = torch.cat([occupied, bias], 1)   # σ β, of unknown σ
-    rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
-    return Equations(patches, tokens, embed, offset, rest)
-
-# %% ../nbs/21_subspace.ipynb #e259e927
+# %% ../nbs/21_subspace.ipynb #b9858ac4
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
-CONTRADICTION = 0.5  # relative residual at which an unexplained one says that the equations are not the client's
+CONTRADICTION = 0.5  # an unexplained relative residual above it: the equations are not the client's
 
 def subspace_leakage(
     model: nn.Module,  # the server's model, with the client's position embedding
     update: Update,    # what the client sent
 ) -> Reconstruction:   # one image, shape (1, channels, H, W), with certificates
-    """The private image from one update that withholds the position gradient (Theorem 4), architecture A or B.
+    """The private image from one update that withholds the position gradient (Theorem 4).
 
-    Solves for coordinates of each patch in the span of all patches. What is not determined is left at zero, and the
-    verdict says so.
+    For architectures A and B. Solves for coordinates of each patch in the span of all patches. What is not
+    determined is left at zero, and the verdict says so.
 
     Raises
     ------
@@ -209,57 +151,61 @@ def subspace_leakage(
     spaces = e.patches.system, e.tokens.system
     image = lambda A: from_patches((e.patches.basis @ A).mT[None], v.patch, *v.image_shape[1:])
     if 0 in (e.patches.system.rank, e.tokens.system.rank, e.rest.shape[1]):   # nothing sent, or T ≥ C
-        return Reconstruction(image(e.embed.new_zeros(e.embed.shape[1], e.offset.shape[1])), spaces, math.inf,
-                              *judge(spaces, math.inf, update))
+        nothing = image(e.embed.new_zeros(e.embed.shape[1], e.offset.shape[1]))
+        return Reconstruction(nothing, spaces, math.inf, *judge(spaces, math.inf, update))
     solution = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)
     systems = *spaces, solution.system
     by_tokens = solution.noise * solution.gain / len(e.patches.basis) ** 0.5
-    by_patches = e.patches.noise * e.patches.error(e.patches.basis @ solution.X).norm().item() / len(e.B.mT) ** 0.5
+    outside = e.patches.error(e.patches.basis @ solution.X).norm().item()
+    by_patches = e.patches.noise * outside / e.B.shape[1] ** 0.5
     error = math.hypot(by_tokens, by_patches) if solution.system.unique else math.inf
     verdict, reason = judge(systems, error, update)
     if verdict == "nothing-leaks":
-        verdict, reason = "not-unique", "the subspace equations determine no direction: the patches stay in their span"
+        verdict, reason = "not-unique", "the subspace equations determine no direction in the patches' span"
     explained = e.noise(solution.X) * e.B.numel() ** 0.5 / e.B.norm().item()
     if verdict in ("exact", "approximate") and solution.system.relative_residual > EXPLAINED * explained:
-        residual = f"relative residual {solution.system.relative_residual:.1e}, rounding explains {explained:.0e}"
-        contradict = solution.system.relative_residual > CONTRADICTION
-        verdict, reason = (("not-applicable", f"the subspace equations contradict each other ({residual}): other "
-                            "positions than the client's, or dropout") if contradict else
-                           ("approximate", f"foretold error {error:.1e}; the client's positions are nearly, "
-                            f"not quite, the attacker's ({residual})"))
+        left = solution.system.relative_residual
+        residual = f"relative residual {left:.1e}, rounding explains {explained:.0e}"
+        verdict, reason = "approximate", (f"foretold error {error:.1e}; the client's positions are nearly, "
+                                          f"not quite, the attacker's ({residual})")
+        if left > CONTRADICTION:
+            verdict = "not-applicable"
+            reason = (f"the subspace equations contradict each other ({residual}): "
+                      "other positions than the client's, or dropout")
     return Reconstruction(image(solution.X), systems, error, verdict, reason)
 
-# %% ../nbs/21_subspace.ipynb #c2e13e86
+# %% ../nbs/21_subspace.ipynb #8a8e0e68
 def posterior(
     e: Equations,            # of one update
-) -> tuple[Tensor, Tensor]:  # mean, shape (r, P), and a square root of each column's covariance, shape (r, r)
+) -> tuple[Tensor, Tensor]:  # mean, shape (r, P); square root of a column's covariance, shape (r, r)
     """What equations and spectrum say of the coordinates: ridge regression.
 
-    An equation errs by `Equations.noise`. Coordinate i has the prior √D · √(s_i / ‖s‖): normalised pixels have
-    unit variance, and the spectrum of ∇W_p = G_pᵀ A is a product, of which the patches make about half.
+    An equation errs by `Equations.noise`. Coordinate i has the prior √D · √(s_i / ‖s‖): normalised pixels
+    have unit variance, and the spectrum of ∇W_p = G_pᵀ A is a product: the patches make about half of it.
     """
     s = e.patches.values[:e.embed.shape[1]]
     prior = (len(e.patches.basis) * s / s.norm()).sqrt()
     first = solve(e.K, e.B, "subspace", torch.float64, e.tolerance).X
-    noise = max(e.noise(first), 1e-7 * e.B.square().mean().sqrt().item())   # as far as float64 tells the two apart
+    # below 1e-7, squared, float64 cannot tell equations and prior apart
+    noise = max(e.noise(first), 1e-7 * e.B.square().mean().sqrt().item())
     values, V = torch.linalg.eigh(e.K.mT @ e.K / noise ** 2 + torch.diag(prior ** -2))
     return V @ (V.mT @ (e.K.mT @ e.B / noise ** 2) / values[:, None]), V / values.sqrt()
 
-# %% ../nbs/21_subspace.ipynb #6809f76a
+# %% ../nbs/21_subspace.ipynb #b8c1a382
 SILENT = 1e-10   # share of the strongest tensor's squared norm below which a tensor holds rounding only
 
 def refine(
     model: nn.Module,           # the server's model, with the clients' position embedding
     updates: Sequence[Update],  # one for each victim, of one image each
     steps: int = 600,           # of L-BFGS, one evaluation each
-    labels: Tensor | None = None,  # classes of the victims' images, shape (N,), if known; restored otherwise
+    labels: Tensor | None = None,  # classes of the images, shape (N,), if known; restored otherwise
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
 ) -> list[Reconstruction]:      # one for each victim, with labels and history
     """Gradient matching in the span of the patches, from Theorem 4's linear solution, in float64.
 
-    Free are coordinates in which the linear equations leave every direction equally uncertain. The distance of a
-    tensor's gradient is relative to its norm, as rounding is; tensors that hold nothing but rounding are left out.
-    There is no stopping rule but the number of steps. `watch` is told as in `match`.
+    Free are coordinates in which the linear equations leave every direction equally uncertain. The
+    distance of a tensor's gradient is relative to its norm, as rounding is; tensors that hold rounding alone
+    are left out. There is no stopping rule but the number of steps. `watch` is told as in `match`.
 
     Raises
     ------
@@ -276,7 +222,8 @@ def refine(
     matcher = Matcher(model, updates, dtype=torch.float64)
     target = matcher.target
     weight = torch.where(target > SILENT * target.max(1, keepdim=True).values, 1 / target, 0.0)
-    c = torch.zeros(len(updates), max(L.shape[1] for _, L in beliefs), systems[0].offset.shape[1]).to(target)
+    r, P = max(L.shape[1] for _, L in beliefs), systems[0].offset.shape[1]
+    c = target.new_zeros(len(updates), r, P)
     lbfgs, history, best, least = LBFGS(memory=60), [], c, target.new_full((len(c),), math.inf)
     for step in range(steps):
         images = decode(c.requires_grad_())
