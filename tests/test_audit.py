@@ -107,6 +107,14 @@ def test_the_noise_that_is_named_is_the_least_on_its_grid(report):
     assert best >= STOPPED
 
 
+def test_ridge_sees_through_noise_that_ruins_least_squares():
+    model = timm_vit(patch_size=4, embed_dim=72)   # 64 patches, ill-conditioned
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    sent = defense("gaussian:0.001*rms", view(model), noise_generator(0))(update)
+    plain, ridge = (psnr(NORMALISATION.inverse(ATTACKS[a][1](model, sent).images), PHOTO).item() for a in ("patch", "ridge"))
+    assert ridge > plain + 3 and ridge > 15
+
+
 def test_more_patches_than_channels_are_not_unique_with_the_numerical_rank():
     found = by_name(report_of(timm_vit(patch_size=4, embed_dim=48)))["patch"]
     assert found.verdict == "not-unique" and found.systems[0].rank < 48 < found.systems[0].expected_rank == 64
