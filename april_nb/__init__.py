@@ -1,1 +1,8 @@
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    """`april_nb.audit(model, images, labels)` without an import of the module beforehand."""
+    if name != "audit": raise AttributeError(f"module 'april_nb' has no attribute {name!r}")
+    from importlib import import_module
+    return import_module("april_nb.audit")

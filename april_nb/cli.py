@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Positions', 'Know', 'Method', 'Labels', 'Preset', 'Size', 'DType', 'app',
-           'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'run_command',
-           'bench_command', 'main']
+           'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'audit_command',
+           'run_command', 'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #29e22486
+# %% ../nbs/93_cli.ipynb #9b0b0a50
 #| code-fold: true
 import json
 import statistics
@@ -28,6 +28,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from . import plotting
+from .audit import LIBRARIES, audit, named_model, page
 from .bench import bench
 from .certificate import Reconstruction
 from .data import format_of, photos, read_image
@@ -35,7 +36,7 @@ from .defenses import EXAMPLES, defense, noise_generator
 from .experiments import CLOSED_FORMS, EXPERIMENTS, KEY, SAME, TRAININGS, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
-from .federated import AprilError, client_update, whole_file
+from .federated import AprilError, client_update, load_update, whole_file
 from .metrics import Score, as_psnr, scores
 from .optimization import PUBLISHED, gradient_matching, paper_settings
 from .views import view
@@ -211,6 +212,47 @@ def show(
     foretold = "none" if report["foretold_psnr"] is None else f"{report['foretold_psnr']:.0f} dB"
     picture = f"; picture in {out}" if out else ""
     console.print(f"foretold without the truth: {foretold}; solved in {report['seconds']:.2f} s{picture}")
+
+# %% ../nbs/93_cli.ipynb #a5dd1ee4
+@app.command("audit")
+def audit_command(
+    images: Annotated[list[Path] | None, typer.Argument(
+        metavar="IMAGE", help="image files of one client, for playing its update or for scoring what comes back "
+                              "(default: without --update, a photo bundled with scikit-image)",
+        show_default=False)] = None,
+    model: Annotated[str, typer.Option(
+        metavar="LIBRARY:NAME", help=f"a model by library ({', '.join(LIBRARIES)}) and name, such as "
+                                     "timm:vit_small_patch16_224")] = "torchvision:vit_b_16",
+    weights: Annotated[Path | None, typer.Option(
+        metavar="F.safetensors", help="the server's weights (default: random)", show_default=False)] = None,
+    update: Annotated[Path | None, typer.Option(
+        metavar="F.safetensors", help="what the client sent (default: one gradient step on the images)",
+        show_default=False)] = None,
+    label: Annotated[list[int], typer.Option(
+        metavar="K", help="the image's true class; once, or once per image")] = [0],
+    budget: Annotated[float, typer.Option(
+        min=0, metavar="SECONDS", help="for all searches together; closed forms always run")] = 30,
+    seed: Annotated[int, typer.Option(help="of random weights, first guesses and noise")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    html: Annotated[Path | None, typer.Option(
+        metavar="F.html", help="write the report with pictures", show_default=False)] = None,
+) -> None:
+    """Says what a model's update leaks, by which theorem, to what quality, and what would stop it."""
+    if html and not (html.suffix == ".html" and html.parent.is_dir()):
+        raise AprilError(f"--html needs a .html file in an existing folder, not {html}")
+    with Console(stderr=True, force_jupyter=False).status("auditing"):
+        server, format = named_model(model, weights, seed)
+        sent = None if update is None else load_update(update)
+        private, truth = None, None
+        if images or sent is None:
+            private = torch.stack([read_image(path, format) for path in images]) if images else photos(format)[0][0][None]
+            head = view(server).head_weight
+            truth = class_labels(label, len(private), len(view(server).weights[head]) if head else 1)
+        report = audit(server, private, truth, update=sent, normalisation=format.normalisation, budget=budget,
+                       seed=seed, name=model)
+    if html:
+        with whole_file(html) as part: part.write_text(page(report), encoding="utf-8")
+    print(json.dumps(report.as_dict()) if as_json else report)
 
 # %% ../nbs/93_cli.ipynb #4d2f54f2
 @app.command("run")

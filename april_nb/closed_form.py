@@ -16,7 +16,7 @@ from .position import position_gradient
 from .views import NotApplicable, View, view
 from .vit import from_patches
 
-# %% ../nbs/10_closed_form.ipynb #240e6155
+# %% ../nbs/10_closed_form.ipynb #e34b4fed
 def pixels(
     Z_p: Tensor,  # patch rows of the stream, shape (P, C), float64
     view: View,   # of the server's model
@@ -25,9 +25,8 @@ def pixels(
 
     The weights are known exactly, so the rank is counted at float64's precision.
     """
-    E_pos = view.weight(view.positions)[-len(Z_p):]
-    embedded = Z_p - E_pos - view.weight(view.patch_bias)
-    return solve(view.weight(view.patch_weight), embedded.mT, "patch_embedding", Z_p.dtype)
+    W_p, embedded = view.weight(view.patch_weight), Z_p - view.offsets()
+    return solve(W_p, embedded.mT, "patch_embedding", Z_p.dtype)
 
 # %% ../nbs/10_closed_form.ipynb #5a5af7ac
 def closed_form(

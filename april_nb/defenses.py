@@ -199,14 +199,15 @@ EXAMPLES = {"gaussian": "gaussian:0.01 or gaussian:0.1*rms", "laplace": "laplace
             "clip": "clip:1", "l1-clip": "l1-clip:10", "topk": "topk:0.01",
             "quantize": "quantize:8", "withhold": "withhold:positions"}
 
-# %% ../nbs/17_defenses.ipynb #a5c5e48b
+# %% ../nbs/17_defenses.ipynb #04ed34f1
 def parts(
     view: View,  # of the server's model
 ) -> dict[str, tuple[str, ...]]:   # part → names of its parameters
-    """What a client may withhold: the position embedding, the patch embedding, the first block."""
-    first = view.qkv[0].removeprefix(f"{view.blocks}.").split(".")[0]
-    block = tuple(n for n in view.weights if n.startswith(f"{view.blocks}.{first}."))
-    return {"positions": (view.positions,), "patch": (view.patch_weight, view.patch_bias), "block": block}
+    """What a client may withhold: position embedding, patch embedding, first block, all but the classifier."""
+    named = lambda *names: tuple(n for n in names if n is not None)
+    return {"positions": named(view.positions), "patch": named(view.patch_weight, view.patch_bias),
+            "block": tuple(n for n in view.weights if n.startswith(f"{view.block}.")),
+            "body": tuple(n for n in view.weights if n not in (view.head_weight, view.head_bias))}
 
 def defense(
     spec: str,                   # NAME:VALUE, such as "gaussian:0.1*rms" or "withhold:positions"
@@ -226,7 +227,8 @@ def defense(
     usage = f"defence {spec!r}: give one value, such as {EXAMPLES[name]}"
     if name == "withhold":
         if value not in parts(view): raise AprilError(f"{usage}; parts are {', '.join(parts(view))}")
-        return lambda update: withhold(update, parts(view)[value])
+        part = parts(view)[value]
+        return lambda update: withhold(update, [n for n in part if n in update.gradients] or part)
     number, _, relative = value.partition("*")
     try: number = int(number) if name == "quantize" else float(number)
     except ValueError as error: raise AprilError(usage) from error

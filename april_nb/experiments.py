@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #20371e09
+# %% ../nbs/91_experiments.ipynb #33db1c78
 open_once = functools.cache(load)
 
 # attacks that solve, and take no settings
@@ -88,6 +88,9 @@ def name_of_data(
     """What a row says of its images."""
     name = images_of(dataset).name
     return name if name == dataset else f"{name} as {dataset}"
+
+# attacks that solve, and take no settings
+CLOSED_FORMS = {"closed-form": closed_form, "patch": patch_leakage, "subspace": subspace_leakage}
 
 @dataclass(frozen=True)
 class Arm:

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['idlg', 'yin', 'certain_counts', 'nearest_counts', 'public_outlook', 'restore_labels']
 
-# %% ../nbs/12_labels.ipynb #3335b26e
+# %% ../nbs/12_labels.ipynb #52ddfe84
 #| code-fold: true
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .federated import Update
+from .federated import Update, logits
 from .linear import NotRecoverable
 from .views import NotApplicable, View, view
 
-# %% ../nbs/12_labels.ipynb #20277b46
+# %% ../nbs/12_labels.ipynb #111fc932
 def idlg(
     view: View,      # of the server's model
     update: Update,  # what the client sent, of one image
@@ -27,7 +27,7 @@ def idlg(
     Raises
     ------
     NotApplicable
-        If the update is of several images.
+        If the update is of several images, or the model has no classifier.
     NotRecoverable
         If the gradients are zero, or there are two classes and no bias to tell them apart.
     """
@@ -35,13 +35,13 @@ def idlg(
     if view.head_bias in update.gradients:
         g = view.gradient(update, view.head_bias)
     else:
-        rows = F.normalize(view.gradient(update, view.head_weight), dim=1)
+        rows = F.normalize(view.gradient(update, view.classifier), dim=1)
         if len(rows) < 3 and rows.any(): raise NotRecoverable("two classes and no bias: the rows tie")
         g = -(rows @ rows.mT < 0).sum(1)
     if not g.any(): raise NotRecoverable("the classifier's gradient is zero: it saw no label")
     return g.argmin(0, keepdim=True)
 
-# %% ../nbs/12_labels.ipynb #9c781002
+# %% ../nbs/12_labels.ipynb #7028a6ee
 def yin(
     view: View,      # of the server's model
     update: Update,  # what the client sent, of B images
@@ -50,17 +50,17 @@ def yin(
 
     Assumes non-negative features, which no LayerNorm gives.
     """
-    least = view.gradient(update, view.head_weight).min(1).values
+    least = view.gradient(update, view.classifier).min(1).values
     return least.argsort()[:update.examples].sort().values
 
-# %% ../nbs/12_labels.ipynb #3bbde9fb
+# %% ../nbs/12_labels.ipynb #586e9eff
 def certain_counts(
     view: View,      # of the server's model, whose loss is the mean cross-entropy
     update: Update,  # what the client sent, of B images
 ) -> Tensor:         # for each class how many images it has at least, shape (K,)
     """Counts that no images can undercut, ⌈−B∇b⌉ less eight roundings of the format; zeros without ∇b."""
     if view.head_bias not in update.gradients:
-        return torch.zeros(len(view.weights[view.head_weight]), dtype=torch.long)
+        return torch.zeros(len(view.weights[view.classifier]), dtype=torch.long)
     ε = torch.finfo(update.dtype).eps
     least = -update.examples * view.gradient(update, view.head_bias) * (1 - 8 * ε)
     return least.ceil().clamp_min(0).long()
@@ -76,7 +76,7 @@ def nearest_counts(
     for _ in range(B - int(n.sum())): n[(target - n).argmax()] += 1
     return n
 
-# %% ../nbs/12_labels.ipynb #68cd7fe0
+# %% ../nbs/12_labels.ipynb #00dd6619
 def public_outlook(
     model: nn.Module,        # the server's model, left untouched
     n: int = 32,             # pictures
@@ -88,14 +88,14 @@ def public_outlook(
     g = torch.Generator().manual_seed(seed)
     blobs = [torch.randn(-(-n // 4), channels, side, side, generator=g) for side in (1, 2, 4, 8)]
     x = torch.cat([F.interpolate(b, shape, mode="bilinear") for b in blobs])[:n]
-    head = model.get_submodule(v.head_weight.rpartition(".")[0])
+    head = model.get_submodule(v.classifier.rpartition(".")[0])
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        with torch.no_grad(), torch.random.fork_rng(): p = model(x.to(head.weight)).softmax(1)
+        with torch.no_grad(), torch.random.fork_rng(): p = logits(model(x.to(head.weight))).softmax(1)
     finally: hook.remove()
     return p.double(), seen[0].double()
 
-# %% ../nbs/12_labels.ipynb #402cf9f1
+# %% ../nbs/12_labels.ipynb #e9bff2fd
 def restore_labels(
     model: nn.Module,  # the server's model
     update: Update,    # what the client sent, of B images; its loss is the mean cross-entropy
@@ -110,10 +110,12 @@ def restore_labels(
     ------
     NotRecoverable
         If the classifier's gradient is zero, or `idlg` cannot tell.
+    NotApplicable
+        If the model has no classifier.
     """
     v, B = view(model), update.examples
     if B == 1: return idlg(v, update)
-    W, grad_W = v.weight(v.head_weight), v.gradient(update, v.head_weight)
+    W, grad_W = v.weight(v.classifier), v.gradient(update, v.classifier)
     if not grad_W.any(): raise NotRecoverable("the classifier's gradient is zero: it saw no label")
     b = 0 if v.head_bias is None else v.weight(v.head_bias)
     p, h = public_outlook(model, seed=seed)

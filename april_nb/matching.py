@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Shares', 'plain_shares', 'factors', 'Matcher']
 
-# %% ../nbs/13_matching.ipynb #35714ced
+# %% ../nbs/13_matching.ipynb #9b8364f2
 #| code-fold: true
 import copy
 import math
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
-from .federated import AprilError, Update
+from .federated import AprilError, Update, logits
 from .views import NotApplicable, view
+from .vit import to_patches
 
 # %% ../nbs/13_matching.ipynb #7d4ef27d
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Shares:
         norms = (self.square @ w * (self.target @ w)).clamp_min(torch.finfo(w.dtype).tiny).sqrt()
         return self.dot @ w / norms
 
-# %% ../nbs/13_matching.ipynb #4bc6a226
+# %% ../nbs/13_matching.ipynb #dacd60c2
 def plain_shares(
     model: nn.Module,  # the server's model
     images: Tensor,    # the guess for one victim, shape (B, channels, H, W), normalised
@@ -62,7 +64,7 @@ def plain_shares(
 ) -> Shares:           # of one victim, N = 1, differentiable in images and labels
     """What most implementations do: form every gradient, then compare. Kept as the reference for `Matcher`."""
     parameters = {n: p for n, p in model.named_parameters() if n in update.gradients}
-    loss = F.cross_entropy(model(images), labels)
+    with sdpa_kernel(SDPBackend.MATH): loss = F.cross_entropy(logits(model(images)), labels)
     grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     targets = [update[n].to(g) for n, g in zip(parameters, grads)]
     row = lambda f: torch.stack([f(g, t) for g, t in zip(grads, targets)])[None]
@@ -187,7 +189,7 @@ class GeluBackward(torch.autograd.Function):
         second = (square * -0.5).exp_().mul_(square.sub_(2)).mul_(-(2 * math.pi) ** -0.5)
         return torch.ops.aten.gelu_backward(w, z), second.mul_(u).mul_(w)
 
-# %% ../nbs/13_matching.ipynb #f7206523
+# %% ../nbs/13_matching.ipynb #280f8b4d
 STACK = 64   # layers times victims that are stacked: more would leave the processor's cache
 
 class Weights:
@@ -222,14 +224,16 @@ class Sums:
         """Σ|∇w' − ∇w| over parameters and entries, shape (N,)."""
         return (self.gradient(a, delta).flatten(2) - self.target).abs().sum((0, 2))
 
-SUMS = {   # from a and δ of shape (L, N, M, C); "stream" has G in the place of δ
+SUMS = {   # from a and δ of shape (L, N, M, C)
     "bias": lambda a, delta: delta.sum(2),
     "gain": lambda a, delta: torch.linalg.vecdot(delta, a, dim=2),
-    "positions": lambda a, G: G,
-    "class token": lambda a, G: G[:, :, 0],
 }
 
-# %% ../nbs/13_matching.ipynb #e653c238
+def rows(start, stop):
+    """The gradient of a table whose rows are added to some tokens of the stream: these rows of G."""
+    return lambda a, G: G[:, :, start:stop]
+
+# %% ../nbs/13_matching.ipynb #edb8fc63
 class Matcher:
     """Compares guesses for N victims with their updates in one forward and one backward pass.
 
@@ -241,7 +245,8 @@ class Matcher:
     AprilError
         If the updates hold different parameters or different numbers of examples.
     NotApplicable
-        If a shared parameter belongs to no linear layer, layer norm, position embedding or class token.
+        If there are several victims, and a shared parameter belongs to no linear layer, layer norm, patch
+        embedding, position embedding or token: its gradient must be formed, which is done for one victim only.
     """
     def __init__(
         self,
@@ -259,40 +264,53 @@ class Matcher:
         self.modules, self.records = dict(self.model.named_modules()), {}
         self._hook()
         like = next(self.model.parameters())
-        self.model(like.new_zeros(self.examples, *self.view.image_shape))   # records the shapes of a and δ
+        self.model(like.new_zeros(self.examples, *self.view.image_shape).requires_grad_())   # records a and δ
         groups: dict[tuple, list[tuple[str, str]]] = {}
+        self.formed: dict[str, nn.Parameter] = {}
         for n in first.gradients:
             if names is not None and n not in names: continue
             kind, module = self._place(n)
+            if kind is None:
+                if len(updates) > 1: raise NotApplicable(f"matching cannot follow {n!r} for many victims at once: it "
+                                                         "is no part of a linear layer, a layer norm or an embedding")
+                self.formed[n] = self.model.get_parameter(n).requires_grad_()
+                continue
             shapes = tuple(t.shape for t in self.records[module])
             groups.setdefault((kind, type(self.modules.get(module)), shapes), []).append((n, module))
         gradient = lambda u, n: self.view.gradient(u, n).to(like)
         self.terms: list[tuple[tuple[str, ...], Weights | Sums]] = []
         together = max(1, STACK // len(updates))
         for (kind, _, (shape, _)), group in groups.items():
+            gradient_of = rows(*kind) if isinstance(kind, tuple) else SUMS.get(kind)
             for members in (group[i:i + together] for i in range(0, len(group), together)):
                 targets = [[gradient(u, n) for u in updates] for n, _ in members]
-                term = Weights(targets, shape[:-1].numel()) if kind == "weight" else Sums(SUMS[kind], targets)
+                term = Weights(targets, shape[:-1].numel()) if kind == "weight" else Sums(gradient_of, targets)
                 self.terms.append((tuple(module for _, module in members), term))
-        self.names = tuple(n for members in groups.values() for n, _ in members)
+        self.names = (*(n for members in groups.values() for n, _ in members), *self.formed)
+        self.formed_targets = [gradient(first, n).view_as(p) for n, p in self.formed.items()]
+        self.records.clear()
         per_name = lambda f: torch.stack([torch.stack([f(gradient(u, n)) for n in self.names])
                                           for u in updates])
         self.target = per_name(lambda t: t.square().sum())
         self.target_l1 = per_name(lambda t: t.abs().sum()).sum(1)
 
     def _place(self, name):
-        """What a parameter is, and the module whose a and δ its gradient comes from."""
-        if name == self.view.positions: return "positions", "stream"
-        if name == self.view.class_token: return "class token", "stream"
+        """What a parameter is, and the module whose a and δ its gradient comes from; None if no hook sees it."""
+        tables = (*self.view.prefix, self.view.positions)
+        if name in tables:
+            count = lambda n: self.view.weights[n].numel() // self.records["stream"][0].shape[-1]
+            before = sum(map(count, self.view.prefix[:tables.index(name)]))
+            return (-count(name), None) if name == self.view.positions else (before, before + count(name)), "stream"
         module, _, part = name.rpartition(".")
-        owner = self.modules[module]
-        if isinstance(owner, nn.Linear): return part, module
-        if isinstance(owner, nn.LayerNorm): return {"weight": "gain", "bias": "bias"}[part], module
-        raise NotApplicable(f"matching cannot follow {name!r}: it is no part of a linear layer, "
-                            "a layer norm or an embedding")
+        if module not in self.records or not self.records[module][1].requires_grad: return None, module
+        norm = isinstance(self.modules[module], nn.LayerNorm)
+        return {"weight": "gain"}.get(part, part) if norm else part, module
 
     def _hook(self):
+        embedding = (self.view.patch_weight or "").removesuffix(".weight")
         for name, module in self.modules.items():
+            if name == embedding and isinstance(module, nn.Conv2d):
+                module.register_forward_hook(self._patch_hook(name))
             if isinstance(module, nn.Linear): module.register_forward_hook(self._linear_hook(name))
             if isinstance(module, nn.LayerNorm): module.register_forward_hook(self._norm_hook(name))
             if isinstance(module, nn.GELU) and module.approximate == "none":
@@ -303,8 +321,16 @@ class Matcher:
         def hook(module, inputs, output): self.records[name] = inputs[0], output
         return hook
 
+    def _patch_hook(self, name):
+        def hook(module, inputs, output):
+            X = to_patches(inputs[0], self.view.patch)
+            self.records[name] = X, F.linear(X, module.weight.flatten(1), module.bias)
+            return self.records[name][1].mT.reshape(output.shape)
+        return hook
+
     def _norm_hook(self, name):
         def hook(module, inputs, output):
+            if module.weight is None or module.bias is None: return output
             x_hat = Normalise.apply(inputs[0], module.eps)
             output = torch.addcmul(module.bias, x_hat, module.weight)
             self.records[name] = x_hat, output
@@ -322,9 +348,13 @@ class Matcher:
         """The three numbers for every victim and parameter, from activations and their gradients alone."""
         N, B = images.shape[:2]
         self.records.clear()
-        loss = F.cross_entropy(self.model(images.flatten(0, 1)), labels.flatten(0, 1), reduction="sum") / B
+        with sdpa_kernel(SDPBackend.MATH): scores = logits(self.model(images.flatten(0, 1)))
+        loss = F.cross_entropy(scores, labels.flatten(0, 1), reduction="sum") / B
+        self.records = {m: record for m, record in self.records.items() if record[1].requires_grad}
         inputs, outputs = zip(*self.records.values())
-        deltas = torch.autograd.grad(loss, outputs, create_graph=True)
+        grads = torch.autograd.grad(loss, (*outputs, *self.formed.values()), create_graph=True,
+                                    materialize_grads=True)
+        deltas, formed = grads[:len(outputs)], list(zip(grads[len(outputs):], self.formed_targets))
         tokens = lambda t: t.reshape(N, -1, t.shape[-1])   # of all images of a victim
         a, delta = (dict(zip(self.records, map(tokens, side))) for side in (inputs, deltas))
         self.records.clear()
@@ -332,6 +362,9 @@ class Matcher:
         stack = lambda side, modules: (torch.stack([side[m] for m in modules]) if len(modules) > 1
                                        else side[modules[0]][None])
         stacks = {modules: (stack(a, modules), stack(delta, modules)) for modules, _ in self.terms}
-        square, dot = map(torch.cat, zip(*(term.shares(*stacks[m]) for m, term in self.terms)))
-        distance = sum(term.l1(*stacks[m]) for m, term in self.terms) / self.target_l1 if l1 else None
+        parts = [term.shares(*stacks[m]) for m, term in self.terms]
+        parts += [(g.square().sum().view(1, 1), (g * target).sum().view(1, 1)) for g, target in formed]
+        square, dot = map(torch.cat, zip(*parts))
+        l1_parts = (*(term.l1(*stacks[m]) for m, term in self.terms), *((g - t).abs().sum() for g, t in formed))
+        distance = sum(l1_parts) / self.target_l1 if l1 else None
         return Shares(self.names, square.T, dot.T, self.target, distance)

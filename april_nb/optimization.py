@@ -123,7 +123,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #9b109e96
+# %% ../nbs/14_optimization.ipynb #16ed0a46
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -167,9 +167,11 @@ def match(
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     x = torch.stack([settings.start * normal(g, *shape) for g in generators]) if start is None else start
     x = x.to(device, dtype).clone().requires_grad_()
-    classes = len(matcher.view.weights[matcher.view.head_weight])
-    y = torch.stack([normal(g, matcher.examples, classes) for g in generators]).to(device)
-    free = [x, y.requires_grad_()] if settings.soft_labels else [x]
+    y, free = None, [x]
+    if settings.soft_labels:
+        classes = len(matcher.view.weights[matcher.view.classifier])
+        y = torch.stack([normal(g, matcher.examples, classes) for g in generators]).to(device).requires_grad_()
+        free = [x, y]
     move = mover(settings, free)
     best, least, history = [v.detach().clone() for v in free], x.new_full((len(x),), torch.inf), []
     noise = 16 * torch.finfo(dtype).eps
@@ -199,7 +201,7 @@ def match(
 
 RESTART = 1_000_003   # between the seeds of one victim's restarts
 
-# %% ../nbs/14_optimization.ipynb #8952e515
+# %% ../nbs/14_optimization.ipynb #288264c1
 def mismatch(
     shares: Shares,  # of the guesses
     view: View,      # of the model
@@ -212,7 +214,7 @@ def mismatch(
     near = [i for i, n in enumerate(shares.names) if n in (view.patch_weight, *view.qkv)]
     if not near: return shares.target.new_full((len(shares.target),), math.inf)
     relative = (shares.square - 2 * shares.dot + shares.target) / shares.target
-    return relative[:, near].max(1).values.detach()
+    return relative[:, near].max(1).values.detach().nan_to_num(math.inf)   # 0 / 0: no gradient arrived
 
 def conclude(
     best: list[Tensor],   # the iterates of least loss: images, and logits of labels if they were searched for

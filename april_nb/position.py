@@ -12,19 +12,21 @@ from torch import Tensor
 from .federated import MissingGradient, Update
 from .views import View
 
-# %% ../nbs/09_position.ipynb #bdc4427a
+# %% ../nbs/09_position.ipynb #c8680687
 def position_gradient(
     view: View,      # of the server's model
     update: Update,  # what the client sent
-) -> Tensor:         # G = ∂l/∂Z, shape (T, C), float64; for a batch the mean over its images
+) -> Tensor:         # G = ∂l/∂Z, float64, shape (T, C), or (P, C) where only patches have a position
     """Gradient of the stream that enters block 1, read off the position embedding (Theorem 2).
 
     Raises
     ------
     MissingGradient
         If the client withheld it, or the position embedding is fixed.
+    NotApplicable
+        If the model has no position embedding.
     """
-    if not view.learns_positions:
+    if not view.learns_positions and view.named(view.positions):
         raise MissingGradient("no gradient of the position embedding: fixed positions are not trained, "
                               "so no client has a gradient of them to send")
     return view.gradient(update, view.positions)

@@ -23,7 +23,7 @@ from .optimization import LBFGS, conclude, mismatch
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/21_subspace.ipynb #90fe10b0
+# %% ../nbs/21_subspace.ipynb #2596c888
 @dataclass(frozen=True)
 class RowSpace:
     """The row space of a gradient, with what its spectrum says about it."""
@@ -57,9 +57,9 @@ def row_space(
     _, S, Vt = torch.linalg.svd(grad, full_matrices=False)
     floor, size = rank_tolerance(grad, dtype), max(S.norm().item(), math.ulp(0))
     rank = int((S > floor).sum())
-    k = most if needed else min(rank, most)
+    k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
-    system = System(name, rank, k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
+    system = System(name, rank, most if needed else k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
     return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 # %% ../nbs/21_subspace.ipynb #12c1a633
@@ -98,7 +98,7 @@ class Equations:
         inputs = self.embed @ A + self.offset
         return self.tokens.noise * self.tokens.error(inputs).norm().item() / A.shape[1] ** 0.5
 
-# %% ../nbs/21_subspace.ipynb #8a77d6a2
+# %% ../nbs/21_subspace.ipynb #b3cdcd61
 def equations(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -119,7 +119,7 @@ def equations(
     patches = row_space(view.gradient(update, view.patch_weight), images * P, update.dtype, "patches",
                         needed=False)
     tokens = row_space(quiet, T, update.dtype, "tokens")
-    embed, offset = W_p @ patches.basis, (view.weight(view.patch_bias) + e[known:]).mT
+    embed, offset = W_p @ patches.basis, view.offsets().mT
     occupied = tokens.basis
     if view.norm is not None:
         gain, bias = (view.weight(name)[:, None] for name in view.norm)
@@ -128,7 +128,7 @@ def equations(
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
     return Equations(patches, tokens, embed, offset, rest)
 
-# %% ../nbs/21_subspace.ipynb #c2ee9067
+# %% ../nbs/21_subspace.ipynb #b9858ac4
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
 CONTRADICTION = 0.5  # an unexplained relative residual above it: the equations are not the client's
 
@@ -150,7 +150,7 @@ def subspace_leakage(
     e = equations(v, update)
     spaces = e.patches.system, e.tokens.system
     image = lambda A: from_patches((e.patches.basis @ A).mT[None], v.patch, *v.image_shape[1:])
-    if 0 in (e.patches.system.rank, e.tokens.system.rank):
+    if 0 in (e.patches.system.rank, e.tokens.system.rank, e.rest.shape[1]):   # nothing sent, or T ≥ C
         nothing = image(e.embed.new_zeros(e.embed.shape[1], e.offset.shape[1]))
         return Reconstruction(nothing, spaces, math.inf, *judge(spaces, math.inf, update))
     solution = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)

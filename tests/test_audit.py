@@ -1,0 +1,233 @@
+"""Claims about the audit: its verdicts are the attacks' own, its cures do what it says, time never makes anything safe."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch import nn
+
+import april_nb
+from april_nb.audit import ATTACKS, SEARCHES, STOPPED, audit, named_model, page, text
+from april_nb.data import FORMATS, photos
+from april_nb.defenses import defense, noise_generator
+from april_nb.federated import AprilError, client_update
+from april_nb.metrics import psnr
+from april_nb.views import view
+
+APRIL = Path(sys.executable).with_name("april")
+NORMALISATION = FORMATS["cifar10"].normalisation
+PHOTO, LABEL = photos(FORMATS["cifar10"]).batch([0])[0], torch.tensor([3])
+
+
+def timm_vit(Model=VisionTransformer, **options):
+    torch.manual_seed(0)
+    return Model(**dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, num_classes=10) | options)
+
+
+def report_of(model, budget=0.0, **options):
+    return audit(model, PHOTO, LABEL, normalisation=NORMALISATION, budget=budget, **options)
+
+
+def by_name(report):
+    return {f.name: f for f in report.attacks}
+
+
+@pytest.fixture(scope="module")
+def report():
+    return report_of(timm_vit())
+
+
+def test_every_attack_is_reported_and_closed_forms_always_run(report):
+    assert list(by_name(report)) == ["labels", *ATTACKS, *SEARCHES]
+    assert all(by_name(report)[name].verdict != "not-converged" for name in ATTACKS)
+
+
+def test_verdicts_are_those_of_the_attacks_run_one_by_one(report):
+    model = timm_vit()
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    for name in ("patch", "subspace"):
+        answer, found = ATTACKS[name][1](model, update), by_name(report)[name]
+        assert (answer.verdict, answer.reason, answer.systems) == (found.verdict, found.reason, found.systems)
+        assert found.psnr == pytest.approx(psnr(NORMALISATION.inverse(answer.images), PHOTO).item(), abs=1e-6)
+
+
+def test_a_search_without_time_is_not_converged_and_never_safe(report):
+    assert {by_name(report)[name].verdict for name in SEARCHES} == {"not-converged"}
+    assert "It says nothing" in str(report)
+
+
+def test_a_search_is_stopped_in_time_with_its_best_guess():
+    found = by_name(report_of(timm_vit(), budget=6.0))["dlg"]
+    assert found.verdict == "not-converged" and "stopped by the budget after" in found.reason
+    assert found.images.isfinite().all() and found.psnr is not None
+
+
+def test_a_search_with_time_enough_gives_its_own_verdict():
+    found = by_name(report_of(timm_vit(depth=1), budget=60.0, steps=3))["ig"]
+    assert found.verdict in ("approximate", "not-converged") and "budget" not in found.reason
+
+
+def test_cures_applied_do_what_the_report_says(report):
+    model = timm_vit()
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    assert any("noise" in cure.action for cure in report.cures)
+    for cure in report.cures:
+        sent, generator = update, noise_generator(0)
+        for spec in cure.defenses: sent = defense(spec, view(model), generator)(sent)
+        for found in cure.findings:
+            if found.name not in ATTACKS: continue
+            if found.verdict == "not-applicable":
+                if not found.systems:
+                    with pytest.raises(AprilError): ATTACKS[found.name][1](model, sent)
+                continue
+            answer = ATTACKS[found.name][1](model, sent)
+            assert answer.verdict == found.verdict
+            assert found.psnr == pytest.approx(psnr(NORMALISATION.inverse(answer.images), PHOTO).item(), abs=1e-6)
+
+
+def test_cures_are_ranked_by_what_stops_everything_then_by_price(report):
+    keys = [(c.worst >= STOPPED, c.price) for c in report.cures]
+    assert keys == sorted(keys) and report.cures[0].worst < STOPPED
+    alone = next(c for c in report.cures if c.defenses == ("withhold:positions",))
+    assert alone.worst > STOPPED and alone is report.cures[-1]   # Theorem 4 does not read what it withholds
+
+
+def test_the_noise_that_is_named_is_the_least_on_its_grid(report):
+    spec = next(c.defenses[0] for c in report.cures if "noise" in c.action)
+    r = float(spec.removeprefix("gaussian:").removesuffix("*rms"))
+    model = timm_vit()
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    less = defense(f"gaussian:{r / 10 ** 0.5:.1g}*rms", view(model), noise_generator(0))(update)
+    best = max(psnr(NORMALISATION.inverse(ATTACKS[a][1](model, less).images), PHOTO).item() for a in ("patch", "subspace"))
+    assert best >= STOPPED
+
+
+def test_ridge_sees_through_noise_that_ruins_least_squares():
+    model = timm_vit(patch_size=4, embed_dim=72)   # 64 patches, ill-conditioned
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    sent = defense("gaussian:0.001*rms", view(model), noise_generator(0))(update)
+    plain, ridge = (psnr(NORMALISATION.inverse(ATTACKS[a][1](model, sent).images), PHOTO).item() for a in ("patch", "ridge"))
+    assert ridge > plain + 3 and ridge > 15
+
+
+def test_more_patches_than_channels_are_not_unique_with_the_numerical_rank():
+    found = by_name(report_of(timm_vit(patch_size=4, embed_dim=48)))["patch"]
+    assert found.verdict == "not-unique" and found.systems[0].rank < 48 < found.systems[0].expected_rank == 64
+
+
+def test_a_narrow_model_fails_theorem_4_and_not_theorem_3():
+    found = by_name(report_of(timm_vit(embed_dim=32)))
+    assert found["patch"].verdict == "exact" and found["subspace"].verdict == "not-unique"
+
+
+def test_without_a_classifier_theorem_3_still_applies():
+    report = report_of(timm_vit(num_classes=0))
+    found = by_name(report)
+    assert found["patch"].verdict == "exact" and found["labels"].verdict == found["dlg"].verdict == "not-applicable"
+    assert "no classifier" in found["dlg"].reason
+
+
+def test_torchvisions_zero_head_leaks_nothing_but_the_label_until_the_next_round():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 4, 96, 96, num_classes=10)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    report = report_of(model)
+    found, later = by_name(report), by_name(report.next_round)
+    assert found["labels"].reason == "class 3" and found["patch"].verdict == found["dlg"].verdict == "nothing-leaks"
+    assert later["patch"].verdict == "exact" and later["patch"].psnr > 80
+    assert not report.cures and report.next_round.cures
+    assert "next round, the classifier's weights drawn" in str(report)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_missing_part_is_named_and_the_rest_still_runs():
+    report = report_of(timm_vit(VisionTransformerRelPos))
+    found = by_name(report)
+    assert "relative positions" in report.lacks and "note: relative" in str(report)
+    assert found["patch"].verdict == found["subspace"].verdict == "not-applicable"
+    assert found["labels"].verdict == "exact" and found["dlg"].verdict == "not-converged"
+
+
+def test_an_update_alone_is_judged_by_its_certificate(report):
+    model = timm_vit()
+    update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
+    found = by_name(audit(model, update=update, normalisation=NORMALISATION, budget=0))["patch"]
+    assert found.psnr is None and found.foretold == pytest.approx(by_name(report)["patch"].psnr, abs=6)
+    with pytest.raises(AprilError, match="give images, an update"): audit(model)
+
+
+def test_a_batch_is_audited():
+    images = photos(FORMATS["cifar10"]).batch([0, 1])[0]
+    report = audit(timm_vit(), images, torch.tensor([3, 5]), normalisation=NORMALISATION, budget=0)
+    assert by_name(report)["patch"].verdict == "not-unique" and "3, 5" in by_name(report)["labels"].reason
+
+
+def test_json_text_and_page_tell_the_same(report):
+    d = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert text(d) == str(report)
+    html = page(report)
+    assert all(f.verdict in html and f.verdict in str(report) for f in report.attacks)
+    assert "data:image/png;base64," in html and "http" not in html
+
+
+def test_the_package_is_called_like_the_function():
+    code = "import april_nb; assert callable(april_nb.audit); from april_nb.audit import audit; assert april_nb.audit.audit is audit"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): april_nb.nothing
+
+
+@pytest.mark.parametrize("spec", ["vit_b_16", "keras:vit", "timm:vit_enormous", "torchvision:vit_enormous", "ours:vit_huge",
+                                  "hf:/nowhere", "torchvision:resnet18", "timm:"])
+def test_an_unknown_model_is_one_line(spec, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AprilError): named_model(spec)
+
+
+SCRIPT = """
+import sys, torch
+from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
+assert not any(m.startswith('april') for m in sys.modules)
+folder = sys.argv[1]
+torch.manual_seed(5)
+config = ViTConfig(image_size=32, patch_size=8, num_hidden_layers=3, num_attention_heads=4, hidden_size=96,
+                   intermediate_size=96, num_labels=10)
+config.save_pretrained(folder)
+model = ViTForImageClassification(config)
+x = torch.rand(1, 3, 32, 32)
+model(x, labels=torch.tensor([7])).loss.backward()
+save_file({n: p.detach() for n, p in model.named_parameters()}, folder + '/weights.safetensors')
+save_file({n: p.grad for n, p in model.named_parameters()}, folder + '/update.safetensors')
+"""
+
+
+def april(*arguments):
+    return subprocess.run([APRIL, "audit", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_files_of_a_script_without_this_package_are_audited_from_the_command_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out = april("--model", f"hf:{tmp_path}", "--weights", tmp_path / "weights.safetensors", "--update",
+                tmp_path / "update.safetensors", "--budget", 0, "--json", "--html", tmp_path / "report.html")
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout)
+    found = {a["name"]: a for a in report["attacks"]}
+    assert set(report) >= {"model", "parameters", "attacks", "cures"}
+    assert found["patch"]["verdict"] == "exact" and found["labels"]["reason"] == "class 7"
+    assert found["patch"]["psnr"] is None and found["patch"]["foretold_psnr"] > 80
+    assert "<table>" in (tmp_path / "report.html").read_text()
+    wrong = april("--model", "ours:vit_mnist", "--update", tmp_path / "update.safetensors", "--budget", 0)
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--model", "timm:no"], ["--html", "/nowhere/a.html"], ["--update", "/nowhere"],
+                                       ["--model", "ours:vit_mnist", "--label", "11"], ["--budget", "-1"]])
+def test_bad_input_is_one_line_and_exit_code_2(arguments):
+    out = april("--model", "ours:vit_mnist", *arguments)
+    assert out.returncode == 2 and len(out.stderr.strip().splitlines()) == 1, out.stderr
