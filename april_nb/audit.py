@@ -7,7 +7,7 @@ __all__ = ['ATTACKS', 'SEARCHES', 'FIRST_STEP', 'STOPPED', 'WITHHOLD', 'STYLE', 
            'ridge_leakage', 'Finding', 'Case', 'OutOfTime', 'search', 'Cure', 'defended', 'Audit', 'text', 'audit',
            'page', 'named_model']
 
-# %% ../nbs/22_audit.ipynb #12f8fbf6
+# %% ../nbs/22_audit.ipynb #0d48213d
 #| code-fold: true
 import base64
 import html
@@ -28,7 +28,7 @@ from . import plotting
 from .certificate import Reconstruction, System, judge, solve
 from .closed_form import closed_form
 from .data import FORMATS, Format, Normalisation, format_of
-from .defenses import defense, noise_generator
+from .defenses import defense, noise_generator, parts
 from .federated import AprilError, InvalidUpdate, MissingGradient, Update, client_update
 from .labels import restore_labels
 from .linear import NotRecoverable
@@ -98,12 +98,13 @@ def ridge_leakage(
     if verdict == "exact": verdict, reason = "approximate", "ridge regression, which foretells no error"
     return Reconstruction(from_patches(X[None], v.patch, *v.image_shape[1:]), (system,), math.inf, verdict, reason)
 
-# %% ../nbs/22_audit.ipynb #8a23755a
-ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Update], Reconstruction]]] = {
-    "closed-form": ("Theorems 1 and 2", closed_form),
-    "patch": ("Theorem 3", patch_leakage),
-    "ridge": ("Theorem 3, expecting noise", ridge_leakage),
-    "subspace": ("Theorem 4", subspace_leakage),
+# %% ../nbs/22_audit.ipynb #1e185078
+ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Update], Reconstruction], tuple[str, ...]]] = {
+    # by name: what it rests on, the attack, and the parts whose gradients it reads (see `april_nb.defenses.parts`)
+    "closed-form": ("Theorems 1 and 2", closed_form, ("positions", "block")),
+    "patch": ("Theorem 3", patch_leakage, ("positions", "patch")),
+    "ridge": ("Theorem 3, expecting noise", ridge_leakage, ("positions", "patch")),
+    "subspace": ("Theorem 4", subspace_leakage, ("patch", "block")),
 }
 SEARCHES = ("dlg", "ig", "tag", "april")   # gradient matching, by name of its settings
 
@@ -135,7 +136,7 @@ class Case:
     steps: int                    # of a search that has time enough
     seed: int                     # of first guesses and noise
 
-# %% ../nbs/22_audit.ipynb #4f60d553
+# %% ../nbs/22_audit.ipynb #23b5ed03
 def finding(case, update, name, theorem, attack):
     """Runs one attack and scores it; what it cannot read becomes a verdict."""
     start, took = time.perf_counter(), lambda: round(time.perf_counter() - start, 3)
@@ -156,10 +157,14 @@ def labels_found(model, update):
     return Reconstruction(None, (), math.inf, "exact" if one else "approximate",
                           f"class {found[0]}" if one else f"classes {', '.join(map(str, found))}")
 
-def closed(case, update):
-    """Labels and every closed form."""
+def closed(case, update, before=None, found=()):
+    """Labels and every closed form; of an update that leaves alone what an attack read before, the same finding."""
     yield finding(case, update, "labels", "iDLG, counts", labels_found)
-    for name, (theorem, attack) in ATTACKS.items(): yield finding(case, update, name, theorem, attack)
+    done = {f.name: f for f in found}
+    for name, (theorem, attack, reads) in ATTACKS.items():
+        names = [n for part in reads for n in parts(view(case.model))[part]]
+        same = before and all(update.gradients.get(n) is before.gradients.get(n) for n in names)
+        yield done[name] if same else finding(case, update, name, theorem, attack)
 
 # %% ../nbs/22_audit.ipynb #e81342d4
 class OutOfTime(Exception):
@@ -236,22 +241,27 @@ def defended(
     for spec in defenses: update = defense(spec, view(case.model), generator)(update)
     return update
 
-# %% ../nbs/22_audit.ipynb #b3789bb2
+# %% ../nbs/22_audit.ipynb #78cbfb5b
 def enough_noise(case, update):
-    """The smallest noise on a grid of half decades that takes every closed form below `STOPPED`; None if none does."""
-    leaks = lambda r: any(f.leak >= STOPPED for f in closed(case, defended(case, update, [noise(r)])))
-    noise = lambda r: f"gaussian:{r:.1g}*rms"
-    grid, low, high = [10 ** (k / 2) for k in range(-12, 1)], 0, 12
-    if leaks(grid[high]): return None
+    """The smallest noise on a grid of half decades that takes every closed form below `STOPPED`, with what they find."""
+    grid, tried = [f"gaussian:{10 ** (k / 2):.1g}*rms" for k in range(-12, 1)], {}
+    def leaks(k):
+        tried[k] = []
+        for found in closed(case, defended(case, update, [grid[k]])):
+            tried[k].append(found)
+            if found.leak >= STOPPED: return True
+        return False
+    low, high = 0, len(grid)
     while low < high:   # less noise leaks more
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if leaks(grid[middle]) else (low, middle)
-    return noise(grid[high])
+        low, high = (middle + 1, high) if leaks(middle) else (low, middle)
+    return (grid[high], tried[high]) if high < len(grid) else (None, [])
 
-def cures(case, update, end):
+def cures(case, update, found, end):
     """Every cure that applies, applied and attacked, in the order of the report."""
     choices, total = dict(WITHHOLD), sum(g.numel() for g in update.gradients.values())
-    if spec := enough_noise(case, update): choices[f"add Gaussian noise ({spec.partition(':')[2]})"] = (spec,)
+    spec, under_noise = enough_noise(case, update)
+    if spec: choices[f"add Gaussian noise ({spec.partition(':')[2]})"] = (spec,)
     sent = {}
     for action, specs in choices.items():
         try: sent[action] = defended(case, update, specs)
@@ -259,9 +269,9 @@ def cures(case, update, end):
     done = []
     for i, (action, after) in enumerate(sent.items()):
         kept = sum(g.numel() for g in after.gradients.values()) / total
-        price = 1 - kept if kept < 1 else 1.0
-        found = *closed(case, after), *searched(case, after, end, len(sent) - i)
-        done.append(Cure(action, choices[action], price, found))
+        solved = under_noise if choices[action] == (spec,) else closed(case, after, update, found)
+        findings = *solved, *searched(case, after, end, len(sent) - i)
+        done.append(Cure(action, choices[action], 1 - kept if kept < 1 else 1.0, findings))
     return sorted(done, key=lambda cure: (cure.worst >= STOPPED, cure.price, cure.worst))
 
 # %% ../nbs/22_audit.ipynb #13ca02ff
@@ -351,7 +361,7 @@ def once(f):
         if (seconds := time.perf_counter() - start) > 1: break
     return seconds
 
-# %% ../nbs/22_audit.ipynb #c0e7aa50
+# %% ../nbs/22_audit.ipynb #c49bfede
 def audit(
     model: nn.Module,                # the server's model, of any family that has a view; left untouched
     images: Tensor | None = None,    # the client's, shape (B, channels, H, W), pixels in [0, 1]
@@ -393,7 +403,7 @@ def audit(
     found = *closed(case, update), *searched(case, update, began + budget / 2)
     silent = v.head_weight is not None and not v.weights[v.head_weight].any()
     later = next_round(case, images, labels, budget, name) if silent and truth is not None else None
-    better = () if silent else tuple(cures(case, update, began + budget))
+    better = () if silent else tuple(cures(case, update, found, began + budget))
     parameters = tuple(leaking_parts(v, update))
     sizes = dict(P=v.patches, D=v.image_shape[0] * v.patch ** 2, C=next((v.weights[n].shape[-1] for n in (v.positions, v.head_weight) if n), 0))
     others = len(set(update.gradients) - {p.name for p in parameters})
@@ -415,7 +425,7 @@ def page(
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>audit of {html.escape(report.model)}</title>'
             f"<style>{STYLE}</style><body><h1>{html.escape(report.model)}</h1>{sections(report)}</body></html>")
 
-# %% ../nbs/22_audit.ipynb #f26b7d97
+# %% ../nbs/22_audit.ipynb #de289000
 def table(header, rows):
     """Rows of escaped cells; a cell that is a pair has a class."""
     cell = lambda c: (f'<td class="{c[0]}">{html.escape(c[1])}</td>' if isinstance(c, tuple)
@@ -442,7 +452,7 @@ def sections(report):
     loud = lambda a: ("leak" if (a["psnr"] or a["foretold_psnr"] or 0) >= STOPPED else "", number(a["psnr"]))
     systems = lambda a: "; ".join(f"{s['name']}: rank {s['rank']} of {s['expected_rank']}, condition "
                                   f"{s['condition_number']:.1e}, residual {s['relative_residual']:.1e}" for s in a["systems"])
-    parts = [f"<p>{html.escape(sizes)}</p>{strip(report)}<h2>Attacks</h2>",
+    body = [f"<p>{html.escape(sizes)}</p>{strip(report)}<h2>Attacks</h2>",
              table(["attack", "by", "verdict", "PSNR", "why", "systems"],
                    [[a["name"], a["theorem"], a["verdict"], loud(a), a["reason"], systems(a)]
                     for a in r["attacks"]]),
@@ -452,13 +462,13 @@ def sections(report):
                    [[p["name"], p["status"], p["leaks"], p["theorem"]] for p in r["parameters"]])]
     if r["cures"]:
         names = [a["name"] for a in r["attacks"] if a["name"] != "labels"]
-        parts += ["<h2>Cures, best first: PSNR afterwards</h2>",
+        body += ["<h2>Cures, best first: PSNR afterwards</h2>",
                   table(["cure", *names], [[f"{c['action']} ({', '.join(c['defenses'])})",
                                             *(number(c["psnr"][n]) if c["psnr"][n] is not None else c["verdicts"][n]
                                               for n in names)] for c in r["cures"]])]
     if report.next_round:
-        parts += ["<h1>Next round, the classifier's weights drawn from N(0, 0.02²)</h1>", sections(report.next_round)]
-    return "".join(parts)
+        body += ["<h1>Next round, the classifier's weights drawn from N(0, 0.02²)</h1>", sections(report.next_round)]
+    return "".join(body)
 
 # %% ../nbs/22_audit.ipynb #5159b72f
 def hugging_face(name):

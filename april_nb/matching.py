@@ -233,7 +233,7 @@ def rows(start, stop):
     """The gradient of a table whose rows are added to some tokens of the stream: these rows of G."""
     return lambda a, G: G[:, :, start:stop]
 
-# %% ../nbs/13_matching.ipynb #edb8fc63
+# %% ../nbs/13_matching.ipynb #def1ac5b
 class Matcher:
     """Compares guesses for N victims with their updates in one forward and one backward pass.
 
@@ -365,6 +365,8 @@ class Matcher:
         parts = [term.shares(*stacks[m]) for m, term in self.terms]
         parts += [(g.square().sum().view(1, 1), (g * target).sum().view(1, 1)) for g, target in formed]
         square, dot = map(torch.cat, zip(*parts))
-        l1_parts = (*(term.l1(*stacks[m]) for m, term in self.terms), *((g - t).abs().sum() for g, t in formed))
-        distance = sum(l1_parts) / self.target_l1 if l1 else None
+        distance = None
+        if l1:
+            distance = sum(term.l1(*stacks[m]) for m, term in self.terms)
+            distance = (distance + sum((g - target).abs().sum() for g, target in formed)) / self.target_l1
         return Shares(self.names, square.T, dot.T, self.target, distance)

@@ -112,7 +112,7 @@ def test_ridge_sees_through_noise_that_ruins_least_squares():
     update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
     sent = defense("gaussian:0.001*rms", view(model), noise_generator(0))(update)
     plain, ridge = (psnr(NORMALISATION.inverse(ATTACKS[a][1](model, sent).images), PHOTO).item() for a in ("patch", "ridge"))
-    assert ridge > plain + 3 and ridge > 15
+    assert ridge > plain + 6
 
 
 def test_more_patches_than_channels_are_not_unique_with_the_numerical_rank():
