@@ -36,7 +36,7 @@ def shrinkage(
     if φ.max() >= 1: return math.inf
     return ((φ / (1 - φ))[:, None] * (U.mT @ X.X)).square().mean().sqrt().item()
 
-# %% ../nbs/20_patch.ipynb #584349bf
+# %% ../nbs/20_patch.ipynb #42165e0d
 def patch_leakage(
     model: nn.Module,  # the server's model, of any architecture that has a view
     update: Update,    # what the client sent
@@ -53,7 +53,7 @@ def patch_leakage(
         If the gradient of the position embedding or of the patch embedding is not in the update.
     """
     v = view(model)
-    G_p = position_gradient(v, update)[len(v.known_tokens()):]
+    G_p = position_gradient(v, update)[-v.patches:]
     X = solve(G_p.mT, v.gradient(update, v.patch_weight), "patch_embedding", update.dtype)
     rounding = CONTRADICTION * min(torch.finfo(t).eps for t in (update.dtype, torch.float32))
     error = math.hypot(standard_error(X), shrinkage(G_p, X, rounding))
