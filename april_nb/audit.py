@@ -243,7 +243,7 @@ def defended(
     for spec in defenses: update = defense(spec, view(case.model), generator)(update)
     return update
 
-# %% ../nbs/22_audit.ipynb #78cbfb5b
+# %% ../nbs/22_audit.ipynb #85348d0e
 def enough_noise(case, update):
     """The smallest noise on a grid of half decades that takes every closed form below `STOPPED`, with what they find."""
     grid, tried = [f"gaussian:{10 ** (k / 2):.1g}*rms" for k in range(-12, 1)], {}
@@ -262,7 +262,8 @@ def enough_noise(case, update):
 def cures(case, update, found, end):
     """Every cure that applies, applied and attacked, in the order of the report."""
     choices, total = dict(WITHHOLD), sum(g.numel() for g in update.gradients.values())
-    spec, under_noise = enough_noise(case, update)
+    pictures = any(f.leak >= STOPPED for f in found if f.name in ATTACKS)
+    spec, under_noise = enough_noise(case, update) if pictures else (None, [])
     if spec: choices[f"add Gaussian noise ({spec.partition(':')[2]})"] = (spec,)
     sent = {}
     for action, specs in choices.items():
