@@ -166,14 +166,15 @@ def closed(case, update, before=None, found=()):
         same = before and all(update.gradients.get(n) is before.gradients.get(n) for n in names)
         yield done[name] if same else finding(case, update, name, theorem, attack)
 
-# %% ../nbs/22_audit.ipynb #e81342d4
+# %% ../nbs/22_audit.ipynb #2714a276
 class OutOfTime(Exception):
     """Ends a search from within."""
 
 def search(
     method: str,      # one of `SEARCHES`
     case: Case,       # what is attacked
-    seconds: float,   # that the search may take
+    seconds: float,   # after which it stops
+    most: float,      # that it may take at worst; it is not started if its first step would take longer
 ) -> Callable[[nn.Module, Update], Reconstruction]:  # the attack
     """Gradient matching that stops in time; stopped, it returns the guess of least loss as `not-converged`."""
     settings = paper_settings(method, case.steps)
@@ -183,7 +184,7 @@ def search(
         if not any(update[n].any() for n in update.gradients if n not in (v.head_weight, v.head_bias)):
             raise NotRecoverable("no gradient arrives below the classifier")
         if settings.position: update[v.named(v.positions)]
-        if FIRST_STEP * case.seconds > seconds:
+        if FIRST_STEP * case.seconds > most:
             return Reconstruction(None, (), math.inf, "not-converged",
                                   "not started: its first step would have overrun the budget")
         end, best = time.perf_counter() + seconds, [math.inf, None]
@@ -199,12 +200,13 @@ def search(
 
 FIRST_STEP = 8   # gradients that a search's preparation and first step take the time of
 
-# %% ../nbs/22_audit.ipynb #af3dd820
+# %% ../nbs/22_audit.ipynb #ad2acc79
 def searched(case, update, end, shares=1):
     """Every search in turn, with an equal part of what is left of the time until `end`, of so many rounds."""
     for i, name in enumerate(SEARCHES):
-        left = max(end - time.perf_counter(), 0.0) / (shares * len(SEARCHES) - i)
-        yield finding(case, update, name, "none: a search", search(name, case, left))
+        left = max(end - time.perf_counter(), 0.0)
+        yield finding(case, update, name, "none: a search",
+                      search(name, case, left / (shares * len(SEARCHES) - i), left))
 
 # %% ../nbs/22_audit.ipynb #6eb7f3fc
 STOPPED = 20.0   # dB below which a picture counts as lost; see the pictures of chapter 17
@@ -241,26 +243,28 @@ def defended(
     for spec in defenses: update = defense(spec, view(case.model), generator)(update)
     return update
 
-# %% ../nbs/22_audit.ipynb #78cbfb5b
+# %% ../nbs/22_audit.ipynb #78189bbe
 def enough_noise(case, update):
     """The smallest noise on a grid of half decades that takes every closed form below `STOPPED`, with what they find."""
-    grid, tried = [f"gaussian:{10 ** (k / 2):.1g}*rms" for k in range(-12, 1)], {}
-    def leaks(k):
-        tried[k] = []
-        for found in closed(case, defended(case, update, [grid[k]])):
-            tried[k].append(found)
-            if found.leak >= STOPPED: return True
-        return False
+    grid, named = [f"gaussian:{10 ** (k / 2):.1g}*rms" for k in range(-12, 1)], parts(view(case.model))
+    read = {n for _, _, reads in ATTACKS.values() for part in reads for n in named[part] if n in update.gradients}
+    few = replace(update, gradients={n: update[n] for n in read})   # a large model has many numbers that nobody reads
+    def found(k, update): return closed(case, defended(case, update, [grid[k]]))
     low, high = 0, len(grid)
     while low < high:   # less noise leaks more
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if leaks(middle) else (low, middle)
-    return (grid[high], tried[high]) if high < len(grid) else (None, [])
+        leaks = any(f.leak >= STOPPED for f in found(middle, few))
+        low, high = (middle + 1, high) if leaks else (low, middle)
+    for k in range(high, len(grid)):   # the whole update draws other noise
+        left = list(found(k, update))
+        if all(f.leak < STOPPED for f in left): return grid[k], left
+    return None, []
 
 def cures(case, update, found, end):
     """Every cure that applies, applied and attacked, in the order of the report."""
     choices, total = dict(WITHHOLD), sum(g.numel() for g in update.gradients.values())
-    spec, under_noise = enough_noise(case, update)
+    pictures = any(f.leak >= STOPPED for f in found if f.name in ATTACKS)
+    spec, under_noise = enough_noise(case, update) if pictures else (None, [])
     if spec: choices[f"add Gaussian noise ({spec.partition(':')[2]})"] = (spec,)
     sent = {}
     for action, specs in choices.items():
