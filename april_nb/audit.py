@@ -98,7 +98,7 @@ def ridge_leakage(
     if verdict == "exact": verdict, reason = "approximate", "ridge regression, which foretells no error"
     return Reconstruction(from_patches(X[None], v.patch, *v.image_shape[1:]), (system,), math.inf, verdict, reason)
 
-# %% ../nbs/22_audit.ipynb #1e185078
+# %% ../nbs/22_audit.ipynb #c0f5b25b
 ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Update], Reconstruction], tuple[str, ...]]] = {
     # by name: what it rests on, the attack, and the parts whose gradients it reads (see `april_nb.defenses.parts`)
     "closed-form": ("Theorems 1 and 2", closed_form, ("positions", "block")),
@@ -123,7 +123,7 @@ class Finding:
 
     @property
     def leak(self) -> float:
-        """How good a picture the attacker has, in dB: by the truth, else by the certificate, else 0."""
+        """How good a picture the attacker has, in dB; by the truth, else by the certificate, else 0."""
         return self.psnr if self.psnr is not None else self.foretold or 0.0
 
 @dataclass(frozen=True)
