@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Model', 'Arch', 'Init', 'Positions', 'Know', 'Method', 'L
            'UsageError', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'audit_command',
            'run_command', 'bench_command', 'main']
 
-# %% ../nbs/93_cli.ipynb #9b0b0a50
+# %% ../nbs/93_cli.ipynb #88dd0b3a
 #| code-fold: true
 import json
 import statistics
@@ -33,17 +33,17 @@ from .bench import bench
 from .certificate import Reconstruction
 from .data import format_of, photos, read_image
 from .defenses import EXAMPLES, defense, noise_generator
-from .experiments import CLOSED_FORMS, EXPERIMENTS, KEY, SAME, TRAININGS, group, run
+from .experiments import CLOSED_FORMS, EXPERIMENTS, KEY, SAME, SPAN_SEARCHES, TRAININGS, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
 from .federated import AprilError, client_update, load_update, whole_file
-from .metrics import Score, as_psnr, scores
+from .metrics import Score, as_psnr, best_assignment, scores
 from .optimization import PUBLISHED, gradient_matching, paper_settings
 from .views import view
 from .vit import INITIALISATIONS, POSITIONS, PRESETS, guess_positions, vit
 
-# %% ../nbs/93_cli.ipynb #4dcd295f
-METHODS = CLOSED_FORMS | dict.fromkeys(PUBLISHED, gradient_matching)
+# %% ../nbs/93_cli.ipynb #f48683f2
+METHODS = CLOSED_FORMS | dict.fromkeys(PUBLISHED, gradient_matching) | SPAN_SEARCHES
 
 Model = Enum("Model", {name: name for name in PRESETS}, type=str)
 Arch = Enum("Arch", {name: name for name in "AB"}, type=str)
@@ -62,7 +62,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #eba7899e
+# %% ../nbs/93_cli.ipynb #55f473e8
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -120,31 +120,41 @@ def attack(
         withheld = ("positions",) if learned and know != Know.shared else ()
         update = client_update(clients, x.to(computed), truth.to(where), dtype=sent, withheld=withheld)
         for defend in chosen_defenses: update = defend(update)
-    title, options = f"{method.value} on {model.value}", {}
-    if METHODS[method.value] is gradient_matching:
-        as_paper = paper_settings(method.value, format.steps)
-        chosen = as_paper if settings == Preset.paper else PUBLISHED[method.value]
-        options = dict(settings=replace(chosen, steps=steps or chosen.steps), seed=seed,
-                       box=format.normalisation.box(), labels=truth if labels == Labels.known else None)
     start = time.perf_counter()
-    with progress_bar(title) as tell:
-        if options:
-            of = options["settings"].steps
-            options["watch"] = lambda step, losses, images: tell(title, step + 1, of, losses.median().item())
-        answer = METHODS[method.value](server, update, **options)
+    with progress_bar(f"{method.value} on {model.value}") as tell:
+        answer = attacked(method.value, server, update, format, settings.value, steps,
+                          truth if labels == Labels.known else None, seed, tell)
     seconds = time.perf_counter() - start
     found = answer.images.expand_as(x)   # a closed form returns one picture, whatever the batch
+    order = best_assignment(found, x)
+    found = found[order]
+    if answer.labels is not None: answer = replace(answer, labels=answer.labels[order])
     rows = scores(found, x, format.normalisation)
     if out:
         pictures = plotting.recovered(private, format.normalisation.inverse(found).cpu(),
                                       [f"{r.psnr:.0f} dB" for r in rows])
         with whole_file(out) as part: part.write_bytes(pictures._repr_png_())
     report = dict(model=model.value, arch=arch.value, method=method.value, init=init.value,
-                  positions=positions.value, know=know.value, labels=labels.value if options else None,
+                  positions=positions.value, know=know.value, labels=None if method.value in CLOSED_FORMS else labels.value,
                   dtype=dtype.value, seed=seed, defenses=list(update.defenses), seconds=round(seconds, 4))
     report |= summary(answer, rows, as_psnr(answer.error, format.normalisation))
     if as_json: print(json.dumps(report))
     else: show(report, out)
+
+# %% ../nbs/93_cli.ipynb #093b0f16
+def attacked(method, server, update, format, settings, steps, labels, seed, tell):
+    """An attack by name; a search has the paper's number of steps unless told otherwise."""
+    of = steps or format.steps
+    def watch(step, losses, images): tell(f"{method} on {format.model}", step + 1, of, losses.median().item())
+    if method in CLOSED_FORMS: return METHODS[method](server, update)
+    if method in PUBLISHED:
+        chosen = PUBLISHED[method] if settings == "published" else paper_settings(method, format.steps)
+        of = steps or chosen.steps
+        return METHODS[method](server, update, replace(chosen, steps=of), labels, seed,
+                                 box=format.normalisation.box(), watch=watch)
+    noise = {"seeds": [seed]} if method == "separate" else {}   # refine starts from the linear solution
+    labels = None if labels is None else labels[None]
+    return METHODS[method](server, [update], of, labels, watch=watch, **noise)[0]
 
 # %% ../nbs/93_cli.ipynb #c7f0a538
 @contextmanager

@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #8a83ec82
+# %% ../nbs/91_experiments.ipynb #03b24e9d
 open_once = functools.cache(load)
 
 def images_of(
@@ -89,8 +89,8 @@ def name_of_data(
 # attacks that solve, and take no settings
 CLOSED_FORMS = {name: attack for name, (_, attack, _) in ATTACKS.items()}
 
-# attacks that search in the span of the patches, and take no settings but steps
-SPAN_SEARCHES = ("refine", "separate")
+# attacks that search in the span of the patches, and take no settings but steps: one image, or a batch
+SPAN_SEARCHES = {"refine": refine, "separate": separate}
 
 @dataclass(frozen=True)
 class Arm:
@@ -185,7 +185,7 @@ def add_rows(
             writer.writeheader()
             writer.writerows(table[k] for k in sorted(table))
 
-# %% ../nbs/91_experiments.ipynb #347b4025
+# %% ../nbs/91_experiments.ipynb #ca07f2c5
 def solve_all(attack, server, updates):
     """A closed form: zero steps, images, the largest residual in the place of a loss, verdicts."""
     answers = [attack(server, u) for u in updates]
@@ -199,8 +199,9 @@ def match_all(arm, server, updates, labels, seeds, watch):
         if step in arm.marks: marked.append((step, guesses.clone(), losses.tolist()))
         watch(step, losses.median().item())
     if arm.labels == "restored": labels = torch.stack([restore_labels(server, u) for u in updates])
-    if arm.method == "refine": answers = refine(server, updates, arm.steps, labels[:, 0], tell)
-    elif arm.method == "separate": answers = separate(server, updates, arm.steps, labels, seeds, tell)
+    if arm.method in SPAN_SEARCHES:
+        noise = {"seeds": seeds} if arm.method == "separate" else {}   # refine starts from the linear solution
+        answers = SPAN_SEARCHES[arm.method](server, updates, arm.steps, labels, watch=tell, **noise)
     else: answers = match(server, updates, settings, labels, arm.format.normalisation.box(), seeds, watch=tell)
     least = [a.history.nan_to_num(torch.inf).min().item() for a in answers]
     yield settings.steps if settings else arm.steps, [a.images for a in answers], least, [a.verdict for a in answers]

@@ -6,7 +6,7 @@
 __all__ = ['EXPLAINED', 'CONTRADICTION', 'SILENT', 'RowSpace', 'row_space', 'Equations', 'equations', 'subspace_leakage',
            'posterior', 'refine']
 
-# %% ../nbs/21_subspace.ipynb #8b258abe
+# %% ../nbs/21_subspace.ipynb #7210eb89
 #| code-fold: true
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .certificate import Reconstruction, System, judge, rank_tolerance, solve
-from .federated import Update
+from .federated import AprilError, Update
 from .labels import restore_labels
 from .matching import Matcher
 from .optimization import LBFGS, conclude, mismatch
@@ -191,14 +191,14 @@ def posterior(
     values, V = torch.linalg.eigh(e.K.mT @ e.K / noise ** 2 + torch.diag(prior ** -2))
     return V @ (V.mT @ (e.K.mT @ e.B / noise ** 2) / values[:, None]), V / values.sqrt()
 
-# %% ../nbs/21_subspace.ipynb #b8c1a382
+# %% ../nbs/21_subspace.ipynb #f4b0e5aa
 SILENT = 1e-10   # share of the strongest tensor's squared norm below which a tensor holds rounding only
 
 def refine(
     model: nn.Module,           # the server's model, with the clients' position embedding
     updates: Sequence[Update],  # one for each victim, of one image each
     steps: int = 600,           # of L-BFGS, one evaluation each
-    labels: Tensor | None = None,  # classes of the images, shape (N,), if known; restored otherwise
+    labels: Tensor | None = None,  # classes of the images, shape (N, 1), if known; restored otherwise
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
 ) -> list[Reconstruction]:      # one for each victim, with labels and history
     """Gradient matching in the span of the patches, from Theorem 4's linear solution, in float64.
@@ -209,9 +209,13 @@ def refine(
 
     Raises
     ------
+    AprilError
+        If an update averages over several images.
     MissingGradient
         If the gradient of the patch embedding or of the first block's q, k, v is not in an update.
     """
+    if max(u.examples for u in updates) > 1:
+        raise AprilError("refine is for updates of one image: take separate for a batch")
     v = view(model)
     systems = [equations(v, u) for u in updates]
     beliefs = [(e.patches.basis @ mean, e.patches.basis @ L) for e in systems for mean, L in [posterior(e)]]

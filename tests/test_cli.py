@@ -68,6 +68,7 @@ BAD = {  # what is wrong: arguments (in a folder with ok.png, half.png and notes
     "no such class": (SMALL + "--label 10", "no class 10"),
     "fixed positions": (SMALL + "--positions normal", "fixed positions are not trained"),
     "withheld positions": (SMALL + "--know withheld", "'positions': the client withheld it"),
+    "a batch to refine": (SMALL + "--arch B --method refine ok.png ok.png", "take separate"),
     "april without positions": (SMALL + "--arch B --method april --know withheld", "take dlg, ig or tag"),
     "a secret formula": (SMALL + "--positions sincos2d --know secret", "they are a formula"),
     "unknown positions": (SMALL + "--positions rotary", "rotary"),
@@ -126,6 +127,20 @@ def test_gradient_matching_attacks_a_batch_of_two(tmp_path):
     r = report(*paths, "--model", "vit_mnist", "--arch", "B", "--method", "dlg", "--labels", "known", "--label", 3, "--label", 5,
                "--steps", 5)
     assert len(r["images"]) == 2 and {i["label"] for i in r["images"]} == {3, 5} and r["labels"] == "known"
+
+
+def test_a_batch_is_searched_for_in_its_span_and_reported_in_the_order_of_its_images(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, gradient in zip(paths, (Image.radial_gradient, Image.linear_gradient)): gradient("L").save(path)
+    r = report(*paths, "--model", "vit_mnist", "--arch", "B", "--method", "separate", "--know", "withheld", "--init", "timm",
+               "--label", 5, "--label", 3, "--steps", 60)
+    assert [i["label"] for i in r["images"]] == [5, 3] and r["labels"] == "restored"
+    assert [s["name"] for s in r["systems"]] == ["patches", "tokens", "subspace"]
+
+
+def test_the_search_behind_theorem_4_runs_by_name():
+    r = report("--model", "vit_mnist", "--arch", "B", "--method", "refine", "--positions", "sincos1d", "--steps", 2)
+    assert r["method"] == "refine" and len(r["systems"]) == 3 and r["verdict"] in ("approximate", "not-converged")
 
 
 @pytest.mark.parametrize("options, expected", [

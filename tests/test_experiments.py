@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from april_nb import experiments
 from april_nb.cli import main
-from april_nb.experiments import COLUMNS, EXPERIMENTS, KEYS, NUMBERS, TRAININGS, add_rows, read_rows
+from april_nb.experiments import (COLUMNS, EXPERIMENTS, KEYS, NUMBERS, TRAININGS, add_rows, batches, composed,
+                                  read_rows)
 from april_nb.federated import AprilError
 
 COMMAND = [sys.executable, "-c", "from april_nb.cli import main; main()", "run", "table1", "--dataset", "mnist", "--n", "1", "--steps", "2",
@@ -85,6 +86,16 @@ def test_bad_input_is_one_line_and_exit_code_2(args, why, monkeypatch, capsys):
 
 def row(**changes):
     return {k: {int: 1, float: 0.5}.get(NUMBERS.get(k), "x") for k in COLUMNS} | changes
+
+
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=40), size=st.integers(2, 4),
+       classes=st.sampled_from(["distinct", "pair", "random"]))
+def test_batches_have_the_classes_that_an_arm_asks_for_and_no_image_twice(labels, size, classes):
+    order = composed(list(range(len(labels))), labels, size, classes)
+    assert len(set(order)) == len(order)
+    for some in batches(order, size) if classes != "random" else []:
+        assert len(some) == size and len({labels[i] for i in some}) == size - (classes == "pair")
+    if classes == "random": assert sorted(order) == list(range(len(labels)))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=12))
