@@ -271,7 +271,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #1e3f8d0b
+# %% ../nbs/91_experiments.ipynb #e71d9a97
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -334,8 +334,8 @@ def batch_arms(preset):
 
 # what the clients of chapter 26 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
-    "", "clip:1", "l1-clip:10", "gaussian:0.001*rms", "gaussian:0.01*rms", "gaussian:0.1*rms", "laplace:0.1*rms",
-    "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
+    "", "clip:1", "l1-clip:10", "gaussian:0.001*rms", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms",
+    "laplace:0.1*rms", "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
     "withhold:positions withhold:patch", "withhold:positions withhold:patch withhold:block", "withhold:body")]
 DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
 

@@ -24,13 +24,13 @@ from .subspace import equations
 from .views import View, view
 from .vit import from_patches, to_patches
 
-# %% ../nbs/22_separation.ipynb #ab934884
+# %% ../nbs/22_separation.ipynb #b172c2e4
 @dataclass(frozen=True)
 class Family:
-    """All batches that Theorem 4's linear facts allow: at place t, every image's patch is R (h_t + N c_t)."""
+    """All batches that Theorem 4's linear facts allow: at place t, every image's patch is R (h_t + Q c_t)."""
     R: Tensor  # orthonormal basis of the span of all patches, shape (D, r)
     h: Tensor  # solution of least norm, a column for each place, shape (r, P)
-    N: Tensor  # orthonormal basis of the directions that the equations leave open, shape (r, k)
+    Q: Tensor  # orthonormal basis of the directions that the equations leave open, shape (r, k)
     tokens: Tensor  # orthonormal basis of the span of the attention's inputs, shape (C, T)
     systems: tuple[System, ...]  # certificates: patches, tokens, subspace
 
@@ -39,14 +39,14 @@ class Family:
         c: Tensor,  # coordinates, shape (B, k, P)
     ) -> Tensor:    # shape (B, P, D)
         """The patches of B images."""
-        return (self.R.to(c) @ (self.h.to(c) + self.N.to(c) @ c)).mT
+        return (self.R.to(c) @ (self.h.to(c) + self.Q.to(c) @ c)).mT
 
     def coordinates(
         self,
         X: Tensor,  # patches, shape (B, P, D)
     ) -> Tensor:    # shape (B, k, P)
         """Those of the nearest member of the family."""
-        return self.N.mT @ (self.R.mT @ X.mT - self.h)
+        return self.Q.mT @ (self.R.mT @ X.mT - self.h)
 
 # %% ../nbs/22_separation.ipynb #1af6f733
 def family(
@@ -78,7 +78,7 @@ def near_gradient(
     return torch.cat([(view.gradient(update, n) @ basis / view.gradient(size, n).norm()).flatten()
                       for n, basis in bases.items()])
 
-# %% ../nbs/22_separation.ipynb #6e0fa7e6
+# %% ../nbs/22_separation.ipynb #febe421b
 def lifted_signs(
     gradient: Callable[[Tensor], Tensor],  # coordinates of the two images, shape (2, k, P) → their gradient, a vector
     target: Tensor,                        # the client's gradient without the other images' share, a vector
@@ -96,15 +96,15 @@ def lifted_signs(
         return gradient(torch.stack([mean + signs * half, mean - signs * half]))
     here, one = exchanged(), [exchanged(t) for t in range(P)]
     pairs = list(itertools.combinations(range(P), 2))
-    Q = torch.stack([(exchanged(t, w) - one[t] - one[w] + here) / 4 for t, w in pairs], 1)
-    products, (t, w) = torch.linalg.lstsq(Q, target - here).solution, torch.tensor(pairs).T
+    second = torch.stack([(exchanged(t, w) - one[t] - one[w] + here) / 4 for t, w in pairs], 1)
+    products, (t, w) = torch.linalg.lstsq(second, target - here).solution, torch.tensor(pairs).T
     S = torch.eye(P, dtype=c.dtype)
     S[t, w] = S[w, t] = 1 + products
     values, V = torch.linalg.eigh(S)
     v = V[:, -1] * values[-1].sqrt()
     return v * v.sum().sign()
 
-# %% ../nbs/22_separation.ipynb #0f3b7531
+# %% ../nbs/22_separation.ipynb #8b8bc122
 ROUND = 150     # steps between two looks at exchanged patches
 SETTLED = 0.25  # a factor this close to 1 changes nothing
 
@@ -130,9 +130,9 @@ def separate(
     for name, p in exact.named_parameters(): p.requires_grad_(name in (v.patch_weight, *v.qkv))
     families = [family(v, u) for u in updates]
     y = torch.stack([restore_labels(model, u) for u in updates]) if labels is None else labels
-    B, P, k = updates[0].examples, families[0].h.shape[1], max(f.N.shape[1] for f in families)
+    B, P, k = updates[0].examples, families[0].h.shape[1], max(f.Q.shape[1] for f in families)
     picture = lambda X: from_patches(X, v.patch, *v.image_shape[1:])
-    def decode(c): return torch.stack([picture(f.patches(one[:, :f.N.shape[1]])) for f, one in zip(families, c)])
+    def decode(c): return torch.stack([picture(f.patches(one[:, :f.Q.shape[1]])) for f, one in zip(families, c)])
     noise = lambda seed: torch.randn(B, k, P, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     c = torch.stack([noise(s) for s in (range(len(updates)) if seeds is None else seeds)])
     computed, histories, done = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps), [], 0
@@ -159,7 +159,7 @@ def separate(
         histories, done = [*histories, torch.stack([a.history for a in answers])], done + now
         c = torch.zeros_like(c)
         for f, answer, one in zip(families, answers, c):
-            one[:, :f.N.shape[1]] = f.coordinates(to_patches(answer.images, v.patch))
-        if done < steps: twins = any([exchange(f, u, row, one[:, :f.N.shape[1]]) for f, u, row, one in zip(families, updates, y, c)])
+            one[:, :f.Q.shape[1]] = f.coordinates(to_patches(answer.images, v.patch))
+        if done < steps: twins = any([exchange(f, u, row, one[:, :f.Q.shape[1]]) for f, u, row, one in zip(families, updates, y, c)])
     history = torch.cat(histories, 1)
     return [replace(a, systems=f.systems, history=past) for a, f, past in zip(answers, families, history)]

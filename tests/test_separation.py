@@ -34,7 +34,7 @@ def test_a_batch_leaves_p_times_b_minus_1_directions_open_if_and_only_if_the_wid
     model = small(arch, needed + spare, seed)
     x, update = batch(model, list(range(images)), seed)
     f, X = family(view(model), update), to_patches(x, 4)
-    assert (f.N.shape[1] == 4 * (images - 1)) == (spare >= 0)
+    assert (f.Q.shape[1] == 4 * (images - 1)) == (spare >= 0)
     assert torch.allclose(f.patches(f.coordinates(X)), X, atol=1e-5)
 
 

@@ -18,11 +18,14 @@ from torchvision.models.vision_transformer import ConvStemConfig
 from transformers import ViTConfig, ViTForImageClassification
 
 import april_nb
+from april_nb.audit import named_model
 from april_nb.closed_form import closed_form
+from april_nb.data import photos
 from april_nb.defenses import defense, noise_generator, parts
 from april_nb.federated import Update, client_update, logits
 from april_nb.labels import idlg, restore_labels
 from april_nb.matching import Matcher, plain_shares
+from april_nb.metrics import psnr
 from april_nb.optimization import gradient_matching, paper_settings
 from april_nb.patch import patch_leakage
 from april_nb.position import position_gradient
@@ -135,6 +138,14 @@ def test_matching_engine_equals_the_plain_step_on_any_model(model):
     for loss in (lambda s: s.distance(), lambda s: s.cosine(), lambda s: s.l1):
         a, b = (torch.autograd.grad(loss(s).sum(), guess, retain_graph=True)[0] for s in (ours, plain))
         assert (a - b).norm() < 1e-7 * b.norm()
+
+
+@pytest.mark.parametrize("name, least", [("vit_small_patch16_224", 90), ("vit_base_patch16_224", 95)])
+def test_theorem_3_reads_a_photograph_from_timms_standard_models_in_float32(name, least):
+    model, format = named_model(f"timm:{name}")
+    photo, n = photos(format).batch([0])[0], format.normalisation
+    answer = patch_leakage(model, client_update(model, n(photo).float(), torch.tensor([0])))
+    assert psnr(n.inverse(answer.images), photo).item() > least
 
 
 @pytest.mark.parametrize("method", ["dlg", "ig", "tag", "april"])
