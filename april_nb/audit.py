@@ -309,7 +309,7 @@ class Audit:
 
     def __str__(self) -> str: return text(self.as_dict())
 
-# %% ../nbs/24_audit.ipynb #0d989f18
+# %% ../nbs/24_audit.ipynb #bffe418b
 def text(
     report: dict,  # of `Audit.as_dict`, or `april audit --json`
 ) -> str:          # in lines
@@ -324,8 +324,8 @@ def text(
     lines += [f"  {p['name']:{width}}  {p['status']:8}  {p['leaks']} ({p['theorem']})" for p in report["parameters"]]
     lines += [f"  {report['others']} others: compared by gradient matching only", "", "attacks"]
     for a in report["attacks"]:
-        lines += [f"{mark(a)} {a['name']:11}  {a['verdict']:14}  {number(a['psnr']):>6}  {a['theorem']}, {a['seconds']:.1f} s",
-                  f"      {a['reason']}"]
+        lines += [f"{mark(a)} {a['name']:11}  {a['verdict']:14}  {number(a['psnr']):>6}  "
+                  f"{a['theorem']}, {a['seconds']:.1f} s", f"      {a['reason']}"]
         lines += [f"      {x['name']}: rank {x['rank']} of {x['expected_rank']}, condition "
                   f"{x['condition_number']:.1e}, residual {x['relative_residual']:.1e}" for x in a["systems"]]
     lines += ["", f"! a picture of {STOPPED:.0f} dB or more, whatever the verdict says of its uniqueness"]
@@ -365,7 +365,7 @@ def once(f):
         if (seconds := time.perf_counter() - start) > 1: break
     return seconds
 
-# %% ../nbs/24_audit.ipynb #c49bfede
+# %% ../nbs/24_audit.ipynb #c5600dba
 def audit(
     model: nn.Module,                # the server's model, of any family that has a view; left untouched
     images: Tensor | None = None,    # the client's, shape (B, channels, H, W), pixels in [0, 1]
@@ -409,7 +409,8 @@ def audit(
     later = next_round(case, images, labels, budget, name) if silent and truth is not None else None
     better = () if silent else tuple(cures(case, update, found, began + budget))
     parameters = tuple(leaking_parts(v, update))
-    sizes = dict(P=v.patches, D=v.image_shape[0] * v.patch ** 2, C=next((v.weights[n].shape[-1] for n in (v.positions, v.head_weight) if n), 0))
+    width = next((v.weights[n].shape[-1] for n in (v.positions, v.head_weight) if n), 0)
+    sizes = dict(P=v.patches, D=v.image_shape[0] * v.patch ** 2, C=width)
     others = len(set(update.gradients) - {p.name for p in parameters})
     return Audit(name, sizes, str(update.dtype).removeprefix("torch."), update.examples, parameters, others, found,
                  better, v.lacks, later, normalisation, truth)
@@ -429,7 +430,7 @@ def page(
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>audit of {html.escape(report.model)}</title>'
             f"<style>{STYLE}</style><body><h1>{html.escape(report.model)}</h1>{sections(report)}</body></html>")
 
-# %% ../nbs/24_audit.ipynb #de289000
+# %% ../nbs/24_audit.ipynb #d607ac81
 def table(header, rows):
     """Rows of escaped cells; a cell that is a pair has a class."""
     cell = lambda c: (f'<td class="{c[0]}">{html.escape(c[1])}</td>' if isinstance(c, tuple)
@@ -454,11 +455,11 @@ def sections(report):
     sizes = f"{r['examples']} image(s), {r['dtype']} gradients, P = {r['sizes']['P']}, D = {r['sizes']['D']}, " \
             f"C = {r['sizes']['C']}. {r['lacks']}"
     loud = lambda a: ("leak" if (a["psnr"] or a["foretold_psnr"] or 0) >= STOPPED else "", number(a["psnr"]))
-    systems = lambda a: "; ".join(f"{s['name']}: rank {s['rank']} of {s['expected_rank']}, condition "
-                                  f"{s['condition_number']:.1e}, residual {s['relative_residual']:.1e}" for s in a["systems"])
+    system = lambda s: (f"{s['name']}: rank {s['rank']} of {s['expected_rank']}, condition "
+                        f"{s['condition_number']:.1e}, residual {s['relative_residual']:.1e}")
     body = [f"<p>{html.escape(sizes)}</p>{strip(report)}<h2>Attacks</h2>",
              table(["attack", "by", "verdict", "PSNR", "why", "systems"],
-                   [[a["name"], a["theorem"], a["verdict"], loud(a), a["reason"], systems(a)]
+                   [[a["name"], a["theorem"], a["verdict"], loud(a), a["reason"], "; ".join(map(system, a["systems"]))]
                     for a in r["attacks"]]),
              "<p><small>not-converged: the budget ended the search. It says nothing about what a longer one finds."
              "</small></p><h2>What the update tells</h2>",

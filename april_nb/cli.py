@@ -62,7 +62,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def about() -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-# %% ../nbs/93_cli.ipynb #55f473e8
+# %% ../nbs/93_cli.ipynb #e45d97ce
 @app.command()
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
@@ -135,7 +135,8 @@ def attack(
                                       [f"{r.psnr:.0f} dB" for r in rows])
         with whole_file(out) as part: part.write_bytes(pictures._repr_png_())
     report = dict(model=model.value, arch=arch.value, method=method.value, init=init.value,
-                  positions=positions.value, know=know.value, labels=None if method.value in CLOSED_FORMS else labels.value,
+                  positions=positions.value, know=know.value,
+                  labels=None if method.value in CLOSED_FORMS else labels.value,
                   dtype=dtype.value, seed=seed, defenses=list(update.defenses), seconds=round(seconds, 4))
     report |= summary(answer, rows, as_psnr(answer.error, format.normalisation))
     if as_json: print(json.dumps(report))

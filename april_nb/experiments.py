@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #03b24e9d
+# %% ../nbs/91_experiments.ipynb #d99f1316
 open_once = functools.cache(load)
 
 def images_of(
@@ -103,7 +103,7 @@ class Arm:
     init: str = "torch"        # or "timm"
     dtype: str = "float32"     # of the client's gradients
     batch: int = 1             # images in one update
-    classes: str = ""          # of a batch: "distinct", "pair" (two of one) or "random" (default: as the sample has them)
+    classes: str = ""          # of a batch: "distinct", "pair" (two of one), "random"; default: the sample's order
     steps: int | None = None   # of gradient matching (default: the settings')
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
@@ -420,8 +420,9 @@ def tuning_arms(preset):
         for lr in (0.03, 0.1, 0.3):
             yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
 
-# %% ../nbs/91_experiments.ipynb #94bb2b16
-EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms, "fig2": figure2_arms, "fig3": figure3_arms,
+# %% ../nbs/91_experiments.ipynb #d330ce58
+EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms,
+               "fig2": figure2_arms, "fig3": figure3_arms,
                "fig4": figure4_arms, "fig5": width_arms, "fig6": figure6_arms, "fig8": figure8_arms,
                "noise-price": price_arms, "patch": patch_arms, "sensitivity": sensitivity_arms,
                "subspace": subspace_arms, "table1": table1_arms, "tuning": tuning_arms}

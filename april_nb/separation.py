@@ -104,7 +104,7 @@ def lifted_signs(
     v = V[:, -1] * values[-1].sqrt()
     return v * v.sum().sign()
 
-# %% ../nbs/22_separation.ipynb #8b8bc122
+# %% ../nbs/22_separation.ipynb #108396dd
 ROUND = 150     # steps between two looks at exchanged patches
 SETTLED = 0.25  # a factor this close to 1 changes nothing
 
@@ -145,8 +145,8 @@ def separate(
         for a, b in itertools.combinations(range(B), 2):
             if classes[a] != classes[b]: continue
             pair, others = [a, b], [i for i in range(B) if i not in (a, b)]
-            signs = lifted_signs(lambda c: gradient(c, classes[pair]), target - gradient(c[others], classes[others]),
-                                 c[pair])
+            rest = gradient(c[others], classes[others])
+            signs = lifted_signs(lambda c: gradient(c, classes[pair]), target - rest, c[pair])
             if (signs - 1).abs().max() < SETTLED: continue
             mean, half, changed = c[pair].mean(0), (c[a] - c[b]) / 2, True
             c[a], c[b] = mean + signs * half, mean - signs * half
@@ -160,6 +160,7 @@ def separate(
         c = torch.zeros_like(c)
         for f, answer, one in zip(families, answers, c):
             one[:, :f.Q.shape[1]] = f.coordinates(to_patches(answer.images, v.patch))
-        if done < steps: twins = any([exchange(f, u, row, one[:, :f.Q.shape[1]]) for f, u, row, one in zip(families, updates, y, c)])
+        if done < steps:
+            twins = any([exchange(f, u, row, one[:, :f.Q.shape[1]]) for f, u, row, one in zip(families, updates, y, c)])
     history = torch.cat(histories, 1)
     return [replace(a, systems=f.systems, history=past) for a, f, past in zip(answers, families, history)]
