@@ -40,7 +40,7 @@ from .subspace import subspace_leakage
 from .views import NotApplicable, View, view
 from .vit import PRESETS, from_patches, vit
 
-# %% ../nbs/24_audit.ipynb #d865610e
+# %% ../nbs/24_audit.ipynb #026669ca
 @dataclass(frozen=True)
 class Part:
     """What the gradient of one parameter tells an attacker."""
@@ -59,7 +59,7 @@ def leaking_parts(
             (view.patch_weight, "span of the patches; with ∂l/∂Z the patches themselves", "Theorems 3 and 4"),
             (view.patch_bias, "sum of ∂l/∂Z over the patches", "Theorem 2"),
             *((name, "the rows of ∂l/∂Z that hold no pixel", "Theorem 2") for name in view.prefix),
-            *((name, "span of the tokens; with ∂l/∂Z, in architecture A, the tokens", "Theorems 4 and 1")
+            *((name, "span of the tokens, the patches if D + P + 2 ≤ C; with ∂l/∂Z, in A, the tokens", "Theorems 4, 1")
               for name in view.qkv),
             (view.head_weight, "features of the image; labels", "Yin's rule"),
             (view.head_bias, "labels: one exactly, many as counts", "iDLG")]

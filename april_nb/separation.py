@@ -48,7 +48,7 @@ class Family:
         """Those of the nearest member of the family."""
         return self.Q.mT @ (self.R.mT @ X.mT - self.h)
 
-# %% ../nbs/22_separation.ipynb #1af6f733
+# %% ../nbs/22_separation.ipynb #7bc030b0
 def family(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -58,7 +58,7 @@ def family(
     Raises
     ------
     MissingGradient
-        If the gradient of the patch embedding or of the first block's q, k, v is not in the update.
+        If the gradient of the first block's q, k, v is not in the update.
     """
     e = equations(view, update)
     solved = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)
@@ -66,7 +66,7 @@ def family(
     return Family(e.patches.basis, solved.X, open_, e.tokens.basis,
                   (e.patches.system, e.tokens.system, solved.system))
 
-# %% ../nbs/22_separation.ipynb #779e3984
+# %% ../nbs/22_separation.ipynb #b6f80f0f
 def near_gradient(
     view: View,      # of the server's model
     update: Update,  # a client's, or what a guess would send
@@ -76,7 +76,7 @@ def near_gradient(
     """Gradients of patch embedding and first block's q, k, v, in the spans where they lie."""
     bases = {view.patch_weight: family.R} | dict.fromkeys(view.qkv, family.tokens)
     return torch.cat([(view.gradient(update, n) @ basis / view.gradient(size, n).norm()).flatten()
-                      for n, basis in bases.items()])
+                      for n, basis in bases.items() if n in size.gradients])
 
 # %% ../nbs/22_separation.ipynb #febe421b
 def lifted_signs(
@@ -104,7 +104,7 @@ def lifted_signs(
     v = V[:, -1] * values[-1].sqrt()
     return v * v.sum().sign()
 
-# %% ../nbs/22_separation.ipynb #108396dd
+# %% ../nbs/22_separation.ipynb #33f82e79
 ROUND = 150     # steps between two looks at exchanged patches
 SETTLED = 0.25  # a factor this close to 1 changes nothing
 
@@ -124,7 +124,7 @@ def separate(
     Raises
     ------
     MissingGradient
-        If the gradient of the patch embedding or of the first block's q, k, v is not in an update.
+        If the gradient of the first block's q, k, v is not in an update.
     """
     v, exact = view(model), copy.deepcopy(model).double()
     for name, p in exact.named_parameters(): p.requires_grad_(name in (v.patch_weight, *v.qkv))

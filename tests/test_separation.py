@@ -64,6 +64,15 @@ def test_a_batch_with_two_images_of_one_class_comes_back_with_labels_restored():
         ("patches", 12, 12), ("tokens", 13, 13), ("subspace", 4, 12)]
 
 
+def test_a_batch_comes_back_without_the_gradients_of_both_embeddings():
+    model = small()
+    x, _ = batch(model, [1, 1])
+    update = client_update(model, x, torch.tensor([1, 1]), withheld=("positions", "patch.weight", "patch.bias"))
+    answer, = separate(model, [update], 800)
+    assert family(view(model), update).Q.shape == (16, 4)
+    assert (answer.images[best_assignment(answer.images, x)] - x).abs().max() < 1e-4
+
+
 def test_victims_separated_together_do_not_notice_each_other_nor_the_generator():
     model, state = small(), torch.get_rng_state()
     updates, labels = [batch(model, [0, 1], seed)[1] for seed in (0, 1)], torch.tensor([[0, 1], [0, 1]])
@@ -83,6 +92,6 @@ def test_the_server_keeps_its_model():
 def test_what_the_search_cannot_do_without_is_named():
     model = small()
     x, _ = batch(model, [0, 1])
-    without = client_update(model, x, torch.tensor([0, 1]), withheld=("patch.weight",))
-    with pytest.raises(MissingGradient, match="patch.weight"): separate(model, [without], 2)
+    without = client_update(model, x, torch.tensor([0, 1]), withheld=("blocks.0.attention.v.weight",))
+    with pytest.raises(MissingGradient, match="attention.v.weight"): separate(model, [without], 2)
     with pytest.raises(AprilError, match="take separate"): refine(model, [batch(model, [0, 1])[1]], 2)

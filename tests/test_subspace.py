@@ -100,7 +100,7 @@ def test_it_reads_four_gradients_and_no_position_gradient():
     expected = subspace_leakage(model, update).images
     for other in (few, wild): assert torch.equal(subspace_leakage(model, other).images, expected)
     with pytest.raises(MissingGradient):
-        subspace_leakage(model, Update({n: g for n, g in few.gradients.items() if n != v.patch_weight}))
+        subspace_leakage(model, Update({n: g for n, g in few.gradients.items() if n != v.qkv[0]}))
 
 
 def test_a_weight_that_stacks_q_k_and_v_is_read_as_three():
@@ -135,6 +135,19 @@ def test_foretold_errors_are_true_under_rounding_and_noise():
         answer = subspace_leakage(model, Update({n: t + noise(t) for n, t in update.gradients.items()}))
         true = (answer.images - x).square().mean().sqrt().item()
         assert 1 / 3 < true / answer.error < 3
+
+
+@given(arch=st.sampled_from("AB"), spare=st.integers(-3, 3), positions=st.sampled_from(["normal", "learned"]),
+       seed=st.integers(0, 9))
+def test_without_the_patch_gradient_an_image_is_exact_if_and_only_if_a_token_has_room_for_a_patch(
+        arch, spare, positions, seed):
+    model = small(arch, 16 + 4 + (2 if arch == "B" else 1) + spare, heads=1, positions=positions, seed=seed)
+    x = private(model, seed)
+    withheld = {"positions", "patch.weight", "patch.bias"} & {n for n, _ in model.named_parameters()}
+    answer = subspace_leakage(model, client_update(model, x, torch.tensor([1]), withheld=tuple(withheld)))
+    assert (answer.verdict in ("exact", "approximate")) == (spare >= 0)
+    if spare >= 0: assert torch.allclose(answer.images, x, atol=1e-4)
+    else: assert answer.verdict == "not-unique"
 
 
 def test_refinement_finds_what_the_linear_solution_leaves_open_and_restores_labels():
