@@ -271,7 +271,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #4df88915
+# %% ../nbs/91_experiments.ipynb #8bcf8378
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -327,7 +327,7 @@ def batch_arms(preset):
     steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1500, 50)), 10)}[preset]
     common = dict(know="withheld", marks=marks)
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
-                                 (2, "pair", 1500), (4, "pair", 1500)]:
+                                 (2, "pair", 1500)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     for classes in ("distinct", "pair"):
         yield Arm("cifar10", "B", "dlg", batch=2, classes=classes, steps=steps, attack=BY_LBFGS, **common), n * 2

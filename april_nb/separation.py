@@ -104,7 +104,28 @@ def lifted_signs(
     v = V[:, -1] * values[-1].sqrt()
     return v * v.sum().sign()
 
-# %% ../nbs/22_separation.ipynb #33f82e79
+# %% ../nbs/22_separation.ipynb #3e9adadc
+def share(model, view, family, update, c, labels):
+    """What images with coordinates c add to the gradient of their batch of `update`; the model in float64."""
+    if not len(c): return 0.0
+    images = from_patches(family.patches(c), view.patch, *view.image_shape[1:])
+    return near_gradient(view, client_update(model, images, labels), family, update) * len(c) / update.examples
+
+def put_back(model, view, family, update, c, labels):
+    """Puts back, in place, what two images of one class have exchanged. Did anything change?"""
+    target, changed = near_gradient(view, update, family, update), False
+    for a, b in itertools.combinations(range(len(c)), 2):
+        if labels[a] != labels[b]: continue
+        others = [i for i in range(len(c)) if i not in (a, b)]
+        rest = share(model, view, family, update, c[others], labels[others])
+        of_pair = lambda c: share(model, view, family, update, c, labels[[a, b]])
+        signs = lifted_signs(of_pair, target - rest, c[[a, b]])
+        if (signs - 1).abs().max() < SETTLED: continue
+        mean, half, changed = (c[a] + c[b]) / 2, (c[a] - c[b]) / 2, True
+        c[a], c[b] = mean + signs * half, mean - signs * half
+    return changed
+
+# %% ../nbs/22_separation.ipynb #0f2f7f9f
 ROUND = 150     # steps between two looks at exchanged patches
 SETTLED = 0.25  # a factor this close to 1 changes nothing
 
@@ -131,36 +152,21 @@ def separate(
     families = [family(v, u) for u in updates]
     y = torch.stack([restore_labels(model, u) for u in updates]) if labels is None else labels
     B, P, k = updates[0].examples, families[0].h.shape[1], max(f.Q.shape[1] for f in families)
-    picture = lambda X: from_patches(X, v.patch, *v.image_shape[1:])
-    def decode(c): return torch.stack([picture(f.patches(one[:, :f.Q.shape[1]])) for f, one in zip(families, c)])
     noise = lambda seed: torch.randn(B, k, P, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     c = torch.stack([noise(s) for s in (range(len(updates)) if seeds is None else seeds)])
-    computed, histories, done = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps), [], 0
-    def exchange(f, update, classes, c):
-        """Puts exchanged patches back; did anything change?"""
-        target, changed = near_gradient(v, update, f, update), False
-        def gradient(c, classes):   # the share of some of the batch's images
-            if not len(c): return 0.0
-            return near_gradient(v, client_update(exact, picture(f.patches(c)), classes), f, update) * len(c) / B
-        for a, b in itertools.combinations(range(B), 2):
-            if classes[a] != classes[b]: continue
-            pair, others = [a, b], [i for i in range(B) if i not in (a, b)]
-            rest = gradient(c[others], classes[others])
-            signs = lifted_signs(lambda c: gradient(c, classes[pair]), target - rest, c[pair])
-            if (signs - 1).abs().max() < SETTLED: continue
-            mean, half, changed = c[pair].mean(0), (c[a] - c[b]) / 2, True
-            c[a], c[b] = mean + signs * half, mean - signs * half
-        return changed
-    twins = any(len(set(row)) < B for row in y.tolist())
+    def decode(c):   # a family of fewer than k coordinates does not use the last ones
+        X = torch.stack([f.patches(one[:, :f.Q.shape[1]]) for f, one in zip(families, c)])
+        return from_patches(X.flatten(0, 1), v.patch, *v.image_shape[1:]).unflatten(0, (-1, B))
+    computed = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps)
+    twins, histories, done = any(len(set(row)) < B for row in y.tolist()), [], 0
     while done < steps:
         now = min(ROUND, steps - done) if twins else steps - done
         answers = match(model, updates, Settings(now, optimiser="lbfgs", schedule="constant"), y, decode=decode,
                         start=c, dtype=computed, watch=lambda s, *told: watch(done + s, *told))
-        histories, done = [*histories, torch.stack([a.history for a in answers])], done + now
-        c = torch.zeros_like(c)
-        for f, answer, one in zip(families, answers, c):
-            one[:, :f.Q.shape[1]] = f.coordinates(to_patches(answer.images, v.patch))
-        if done < steps:
-            twins = any([exchange(f, u, row, one[:, :f.Q.shape[1]]) for f, u, row, one in zip(families, updates, y, c)])
+        histories, done, c = [*histories, torch.stack([a.history for a in answers])], done + now, torch.zeros_like(c)
+        here = [one[:, :f.Q.shape[1]] for f, one in zip(families, c)]
+        for f, answer, one in zip(families, answers, here): one[:] = f.coordinates(to_patches(answer.images, v.patch))
+        if done < steps and twins:
+            twins = any([put_back(exact, v, *victim) for victim in zip(families, updates, here, y)])
     history = torch.cat(histories, 1)
     return [replace(a, systems=f.systems, history=past) for a, f, past in zip(answers, families, history)]
