@@ -271,7 +271,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #8bcf8378
+# %% ../nbs/91_experiments.ipynb #21a67acc
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -323,14 +323,12 @@ def figure4_arms(preset):
         yield Arm("cifar10", "B", "dlg", labels="restored", batch=batch, steps=steps, attack=BY_LBFGS), n
 
 def batch_arms(preset):
-    """Batches without position gradients, in the span and in pixels; CIFAR-10 on architecture B (chapter 22)."""
+    """Batches without position gradients, CIFAR-10 on architecture B (chapter 22)."""
     steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1500, 50)), 10)}[preset]
     common = dict(know="withheld", marks=marks)
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
                                  (2, "pair", 1500)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
-    for classes in ("distinct", "pair"):
-        yield Arm("cifar10", "B", "dlg", batch=2, classes=classes, steps=steps, attack=BY_LBFGS, **common), n * 2
 
 # what the clients of chapter 26 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
