@@ -271,7 +271,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #21a67acc
+# %% ../nbs/91_experiments.ipynb #099c114b
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -330,7 +330,7 @@ def batch_arms(preset):
                                  (2, "pair", 1500)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
 
-# what the clients of chapter 26 do, each with the positions of their model and what the server knows of them
+# what the clients of chapter 25 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
     "", "clip:1", "l1-clip:10", "gaussian:0.001*rms", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms",
     "laplace:0.1*rms", "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
@@ -338,7 +338,7 @@ DEFENDED = [(spec.split(), "learned", "shared") for spec in (
 DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
 
 def defense_arms(preset):
-    """Every attack on every defence that leaves it what it reads; CIFAR-10 (chapter 26)."""
+    """Every attack on every defence that leaves it what it reads; CIFAR-10 (chapter 25)."""
     steps, n = {"quick": (4, 1), "paper": (300, 10)}[preset]
     searches = [(method, None) for method in PUBLISHED] + [("dlg", BY_LBFGS)]
     for defense, positions, know in DEFENDED:
