@@ -23,7 +23,7 @@ from .optimization import LBFGS, conclude, mismatch
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/21_subspace.ipynb #1198bf39
+# %% ../nbs/21_subspace.ipynb #ac16ebf2
 @dataclass(frozen=True)
 class RowSpace:
     """The row space of a gradient, with what its spectrum says about it."""
@@ -59,7 +59,8 @@ def row_space(
     rank = int((S > floor).sum())
     k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
-    system = System(name, rank, most if needed else k, (S[0] / S[k - 1]).item() if k else 1.0, dropped / size)
+    smallest = max(S[k - 1].item(), S[0].item() * math.ulp(1), math.ulp(0)) if k else 1.0
+    system = System(name, rank, most if needed else k, S[0].item() / smallest if k else 1.0, dropped / size)
     return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 def everything(
