@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Family', 'family', 'separate']
 
-# %% ../nbs/22_separation.ipynb #a12cd09a
+# %% ../nbs/22_separation.ipynb #e8e04b10
 #| code-fold: true
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .certificate import Reconstruction, System, solve
+from .certificate import Reconstruction, System
 from .federated import Update
 from .labels import restore_labels
 from .optimization import Settings, match
@@ -44,7 +44,7 @@ class Family:
         """Those of the nearest member of the family."""
         return self.Q.mT @ (self.R.mT @ X.mT - self.h)
 
-# %% ../nbs/22_separation.ipynb #31b27698
+# %% ../nbs/22_separation.ipynb #5a121e09
 def family(
     view: View,      # of the server's model
     update: Update,  # what the client sent
@@ -57,7 +57,7 @@ def family(
         If the gradient of the first block's q, k, v is not in the update.
     """
     e = equations(view, update)
-    solved = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)
+    solved = e.solve(update.dtype)
     open_ = torch.linalg.svd(e.K).Vh[solved.system.rank:].mT
     return Family(e.patches.basis, solved.X, open_, (e.patches.system, e.tokens.system, solved.system))
 

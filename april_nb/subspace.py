@@ -6,7 +6,7 @@
 __all__ = ['EXPLAINED', 'CONTRADICTION', 'SILENT', 'RowSpace', 'row_space', 'everything', 'Equations', 'equations',
            'subspace_leakage', 'posterior', 'refine']
 
-# %% ../nbs/21_subspace.ipynb #7210eb89
+# %% ../nbs/21_subspace.ipynb #ec5b39fa
 #| code-fold: true
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .certificate import Reconstruction, System, judge, rank_tolerance, solve
+from .certificate import Reconstruction, Solution, System, condition_number, judge, rank_tolerance, solve
 from .federated import AprilError, Update
 from .labels import restore_labels
 from .matching import Matcher
@@ -23,7 +23,7 @@ from .optimization import LBFGS, conclude, mismatch
 from .views import View, view
 from .vit import from_patches
 
-# %% ../nbs/21_subspace.ipynb #ac16ebf2
+# %% ../nbs/21_subspace.ipynb #2d811d7e
 @dataclass(frozen=True)
 class RowSpace:
     """The row space of a gradient, with what its spectrum says about it."""
@@ -59,8 +59,7 @@ def row_space(
     rank = int((S > floor).sum())
     k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
-    smallest = max(S[k - 1].item(), S[0].item() * math.ulp(1), math.ulp(0)) if k else 1.0
-    system = System(name, rank, most if needed else k, S[0].item() / smallest if k else 1.0, dropped / size)
+    system = System(name, rank, most if needed else k, condition_number(S[:k]), dropped / size)
     return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 def everything(
@@ -71,7 +70,7 @@ def everything(
     I = torch.eye(D, dtype=W_p.dtype, device=W_p.device)
     return RowSpace(I, I.diagonal(), 0.0, System("patches", D, D, 1.0, 0.0))
 
-# %% ../nbs/21_subspace.ipynb #12c1a633
+# %% ../nbs/21_subspace.ipynb #853435b9
 @dataclass(frozen=True)
 class Equations:
     """Theorem 4's system K A = B for the coordinates of the patches, x_t = R a_t."""
@@ -92,12 +91,19 @@ class Equations:
         return -self.rest.mT @ self.offset
 
     @property
-    def tolerance(self) -> float:
-        """The largest singular value of K below eight times the error that U brings into its direction."""
+    def rank(self) -> int:
+        """Singular values of K, from the largest on, that are eight times the error that U brings into them."""
         _, s, Vt = torch.linalg.svd(self.K, full_matrices=False)
         by_error = self.tokens.noise * self.tokens.error(self.embed @ Vt.mT).norm(dim=0)
-        by_error = by_error * len(self.K) ** 0.5
-        return max(rank_tolerance(self.K, torch.float64), *s[s < 8 * by_error].tolist(), 0.0)
+        floor = (8 * by_error * len(self.K) ** 0.5).clamp(min=rank_tolerance(self.K, torch.float64))
+        return int((s > floor).cumprod(0).sum())
+
+    def solve(
+        self,
+        dtype: torch.dtype,  # the format in which the gradients were sent
+    ) -> Solution:           # coordinates, shape (r, P), with certificate
+        """The solution of least norm in the directions that stand out from the error of U."""
+        return solve(self.K, self.B, "subspace", dtype, self.rank)
 
     def noise(
         self,
@@ -141,7 +147,7 @@ def equations(
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
     return Equations(patches, tokens, embed, offset, rest)
 
-# %% ../nbs/21_subspace.ipynb #a9a74a11
+# %% ../nbs/21_subspace.ipynb #2674dc92
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
 CONTRADICTION = 0.5  # an unexplained relative residual above it: the equations are not the client's
 
@@ -167,7 +173,7 @@ def subspace_leakage(
     if 0 in (e.patches.system.rank, e.tokens.system.rank, e.rest.shape[1]):   # nothing sent, or T ≥ C
         nothing = image(e.embed.new_zeros(e.embed.shape[1], e.offset.shape[1]))
         return Reconstruction(nothing, spaces, math.inf, *judge(spaces, math.inf, update))
-    solution = solve(e.K, e.B, "subspace", update.dtype, e.tolerance)
+    solution = e.solve(update.dtype)
     systems = *spaces, solution.system
     by_tokens = solution.noise * solution.gain / len(e.patches.basis) ** 0.5
     outside = e.patches.error(e.patches.basis @ solution.X).norm().item()
@@ -188,7 +194,7 @@ def subspace_leakage(
                       "other positions than the client's, or dropout")
     return Reconstruction(image(solution.X), systems, error, verdict, reason)
 
-# %% ../nbs/21_subspace.ipynb #8a8e0e68
+# %% ../nbs/21_subspace.ipynb #7129b5f1
 def posterior(
     e: Equations,            # of one update
 ) -> tuple[Tensor, Tensor]:  # mean, shape (r, P); square root of a column's covariance, shape (r, r)
@@ -199,13 +205,13 @@ def posterior(
     """
     s = e.patches.values[:e.embed.shape[1]]
     prior = (len(e.patches.basis) * s / s.norm()).sqrt()
-    first = solve(e.K, e.B, "subspace", torch.float64, e.tolerance).X
+    first = e.solve(torch.float64).X
     # below 1e-7, squared, float64 cannot tell equations and prior apart
     noise = max(e.noise(first), 1e-7 * e.B.square().mean().sqrt().item())
     values, V = torch.linalg.eigh(e.K.mT @ e.K / noise ** 2 + torch.diag(prior ** -2))
     return V @ (V.mT @ (e.K.mT @ e.B / noise ** 2) / values[:, None]), V / values.sqrt()
 
-# %% ../nbs/21_subspace.ipynb #13cf037a
+# %% ../nbs/21_subspace.ipynb #4dafcd59
 SILENT = 1e-10   # share of the strongest tensor's squared norm below which a tensor holds rounding only
 
 def refine(
@@ -256,6 +262,6 @@ def refine(
             c = lbfgs.step(c.detach().flatten(1), g.flatten(1)).view_as(c)
     images = decode(best).requires_grad_()
     answers = conclude([images], mismatch(matcher.shares(images, y), v), torch.stack(history, 1), y)
-    linear = [(e.patches.system, e.tokens.system, solve(e.K, e.B, "subspace", u.dtype, e.tolerance).system)
+    linear = [(e.patches.system, e.tokens.system, e.solve(u.dtype).system)
               for e, u in zip(systems, updates)]
     return [replace(answer, systems=solved) for answer, solved in zip(answers, linear)]

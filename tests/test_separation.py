@@ -1,4 +1,6 @@
 """Batches in the span of their patches: what linear algebra leaves open, and how a search tells images apart."""
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from april_nb.federated import AprilError, MissingGradient, client_update
 from april_nb.metrics import best_assignment
 from april_nb.separation import family, separate
-from april_nb.subspace import refine
+from april_nb.subspace import equations, refine
 from april_nb.views import view
 from april_nb.vit import ViT, init_torch, to_patches
 
@@ -34,6 +36,18 @@ def test_a_batch_leaves_p_times_b_minus_1_directions_open_if_and_only_if_the_wid
     f, X = family(view(model), update), to_patches(x, 4)
     assert (f.Q.shape[1] == 4 * (images - 1)) == (spare >= 0)
     assert torch.allclose(f.patches(f.coordinates(X)), X, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [2, 3])
+def test_the_rank_of_the_equations_does_not_hang_on_how_a_decomposition_rounds(images):
+    model = small(width=64)
+    e = equations(view(model), batch(model, list(range(images)))[1])
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        turn = torch.linalg.qr(torch.randn(len(e.K), len(e.K), generator=g, dtype=torch.double)).Q
+        turned = replace(e, rest=e.rest @ turn).solve(torch.float64)
+        assert turned.system.rank == 4
+        torch.testing.assert_close(turned.X, e.solve(torch.float64).X)
 
 
 def test_a_batch_of_distinct_classes_comes_back_with_labels_restored():
