@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTACKS', 'SEARCHES', 'FIRST_STEP', 'STOPPED', 'WITHHOLD', 'STYLE', 'LIBRARIES', 'Part', 'leaking_parts',
-           'ridge_leakage', 'Finding', 'Case', 'OutOfTime', 'search', 'Cure', 'defended', 'Audit', 'text', 'audit',
-           'page', 'named_model']
+           'ridge_leakage', 'ClosedForm', 'Finding', 'Case', 'OutOfTime', 'search', 'Cure', 'defended', 'Audit', 'text',
+           'audit', 'page', 'named_model']
 
 # %% ../nbs/23_audit.ipynb #0d48213d
 #| code-fold: true
@@ -98,13 +98,20 @@ def ridge_leakage(
     if verdict == "exact": verdict, reason = "approximate", "ridge regression, which foretells no error"
     return Reconstruction(from_patches(X[None], v.patch, *v.image_shape[1:]), (system,), math.inf, verdict, reason)
 
-# %% ../nbs/23_audit.ipynb #c0f5b25b
-ATTACKS: dict[str, tuple[str, Callable[[nn.Module, Update], Reconstruction], tuple[str, ...]]] = {
-    # by name: what it rests on, the attack, and the parts whose gradients it reads (see `april_nb.defenses.parts`)
-    "closed-form": ("Theorems 1 and 2", closed_form, ("positions", "block")),
-    "patch": ("Theorem 3", patch_leakage, ("positions", "patch")),
-    "ridge": ("Theorem 3, expecting noise", ridge_leakage, ("positions", "patch")),
-    "subspace": ("Theorem 4", subspace_leakage, ("patch", "block")),
+# %% ../nbs/23_audit.ipynb #2a295dd6
+@dataclass(frozen=True)
+class ClosedForm:
+    """An attack that an audit always runs."""
+    theorem: str              # that it rests on
+    run: Callable[[nn.Module, Update], Reconstruction]  # the attack
+    reads: tuple[str, ...]    # the parts whose gradients it reads (see `april_nb.defenses.parts`)
+    spares: tuple[str, ...] = ()  # those among them that it can do without
+
+ATTACKS = {   # by name
+    "closed-form": ClosedForm("Theorems 1 and 2", closed_form, ("positions", "block")),
+    "patch": ClosedForm("Theorem 3", patch_leakage, ("positions", "patch")),
+    "ridge": ClosedForm("Theorem 3, expecting noise", ridge_leakage, ("positions", "patch")),
+    "subspace": ClosedForm("Theorem 4", subspace_leakage, ("patch", "block"), spares=("patch",)),
 }
 SEARCHES = ("dlg", "ig", "tag", "april")   # gradient matching, by name of its settings
 
@@ -136,7 +143,7 @@ class Case:
     steps: int                    # of a search that has time enough
     seed: int                     # of first guesses and noise
 
-# %% ../nbs/23_audit.ipynb #23b5ed03
+# %% ../nbs/23_audit.ipynb #60305684
 def finding(case, update, name, theorem, attack):
     """Runs one attack and scores it; what it cannot read becomes a verdict."""
     start, took = time.perf_counter(), lambda: round(time.perf_counter() - start, 3)
@@ -161,10 +168,10 @@ def closed(case, update, before=None, found=()):
     """Labels and every closed form; of an update that leaves alone what an attack read before, the same finding."""
     yield finding(case, update, "labels", "iDLG, counts", labels_found)
     done = {f.name: f for f in found}
-    for name, (theorem, attack, reads) in ATTACKS.items():
-        names = [n for part in reads for n in parts(view(case.model))[part]]
+    for name, attack in ATTACKS.items():
+        names = [n for part in attack.reads for n in parts(view(case.model))[part]]
         same = before and all(update.gradients.get(n) is before.gradients.get(n) for n in names)
-        yield done[name] if same else finding(case, update, name, theorem, attack)
+        yield done[name] if same else finding(case, update, name, attack.theorem, attack.run)
 
 # %% ../nbs/23_audit.ipynb #2714a276
 class OutOfTime(Exception):
@@ -243,11 +250,11 @@ def defended(
     for spec in defenses: update = defense(spec, view(case.model), generator)(update)
     return update
 
-# %% ../nbs/23_audit.ipynb #78189bbe
+# %% ../nbs/23_audit.ipynb #b225a036
 def enough_noise(case, update):
     """The smallest noise on a grid of half decades that takes every closed form below `STOPPED`, with what they find."""
     grid, named = [f"gaussian:{10 ** (k / 2):.1g}*rms" for k in range(-12, 1)], parts(view(case.model))
-    read = {n for _, _, reads in ATTACKS.values() for part in reads for n in named[part] if n in update.gradients}
+    read = {n for a in ATTACKS.values() for part in a.reads for n in named[part] if n in update.gradients}
     few = replace(update, gradients={n: update[n] for n in read})   # a large model has many numbers that nobody reads
     def found(k, update): return closed(case, defended(case, update, [grid[k]]))
     low, high = 0, len(grid)

@@ -142,7 +142,7 @@ def attack(
     if as_json: print(json.dumps(report))
     else: show(report, out)
 
-# %% ../nbs/93_cli.ipynb #093b0f16
+# %% ../nbs/93_cli.ipynb #9339f72b
 def attacked(method, server, update, format, settings, steps, labels, seed, tell):
     """An attack by name; a search has the paper's number of steps unless told otherwise."""
     of = steps or format.steps
@@ -153,9 +153,8 @@ def attacked(method, server, update, format, settings, steps, labels, seed, tell
         of = steps or chosen.steps
         return METHODS[method](server, update, replace(chosen, steps=of), labels, seed,
                                  box=format.normalisation.box(), watch=watch)
-    noise = {"seeds": [seed]} if method == "separate" else {}   # refine starts from the linear solution
     labels = None if labels is None else labels[None]
-    return METHODS[method](server, [update], of, labels, watch=watch, **noise)[0]
+    return METHODS[method](server, [update], of, labels, [seed], watch)[0]
 
 # %% ../nbs/93_cli.ipynb #c7f0a538
 @contextmanager

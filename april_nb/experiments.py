@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #d99f1316
+# %% ../nbs/91_experiments.ipynb #52261940
 open_once = functools.cache(load)
 
 def images_of(
@@ -87,10 +87,13 @@ def name_of_data(
     return name if name == dataset else f"{name} as {dataset}"
 
 # attacks that solve, and take no settings
-CLOSED_FORMS = {name: attack for name, (_, attack, _) in ATTACKS.items()}
+CLOSED_FORMS = {name: attack.run for name, attack in ATTACKS.items()}
 
 # attacks that search in the span of the patches, and take no settings but steps: one image, or a batch
-SPAN_SEARCHES = {"refine": refine, "separate": separate}
+SPAN_SEARCHES = {   # by name; refine starts from the linear solution, not from a seed
+    "refine": lambda model, updates, steps, labels, seeds, watch: refine(model, updates, steps, labels, watch),
+    "separate": separate,
+}
 
 @dataclass(frozen=True)
 class Arm:
@@ -185,7 +188,7 @@ def add_rows(
             writer.writeheader()
             writer.writerows(table[k] for k in sorted(table))
 
-# %% ../nbs/91_experiments.ipynb #ca07f2c5
+# %% ../nbs/91_experiments.ipynb #de268196
 def solve_all(attack, server, updates):
     """A closed form: zero steps, images, the largest residual in the place of a loss, verdicts."""
     answers = [attack(server, u) for u in updates]
@@ -200,8 +203,7 @@ def match_all(arm, server, updates, labels, seeds, watch):
         watch(step, losses.median().item())
     if arm.labels == "restored": labels = torch.stack([restore_labels(server, u) for u in updates])
     if arm.method in SPAN_SEARCHES:
-        noise = {"seeds": seeds} if arm.method == "separate" else {}   # refine starts from the linear solution
-        answers = SPAN_SEARCHES[arm.method](server, updates, arm.steps, labels, watch=tell, **noise)
+        answers = SPAN_SEARCHES[arm.method](server, updates, arm.steps, labels, seeds, tell)
     else: answers = match(server, updates, settings, labels, arm.format.normalisation.box(), seeds, watch=tell)
     least = [a.history.nan_to_num(torch.inf).min().item() for a in answers]
     yield settings.steps if settings else arm.steps, [a.images for a in answers], least, [a.verdict for a in answers]
@@ -271,7 +273,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #099c114b
+# %% ../nbs/91_experiments.ipynb #0f3a11bf
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -327,7 +329,7 @@ def batch_arms(preset):
     steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1500, 50)), 10)}[preset]
     common = dict(know="withheld", marks=marks)
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
-                                 (2, "pair", 1500)]:
+                                 (8, "random", 400), (2, "pair", 1500)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
 
 # what the clients of chapter 25 do, each with the positions of their model and what the server knows of them
@@ -346,9 +348,8 @@ def defense_arms(preset):
         kept = {spec.removeprefix("withhold:") for spec in defense if spec.startswith("withhold:")}
         if positions != "learned" or know == "secret": kept.add("positions")
         if "body" in kept: kept = {"positions", "patch", "block"}
-        for name, (_, _, reads) in ATTACKS.items():
-            # without the patch embedding's gradient, Theorem 4 takes all of the patches' space
-            if kept & set(reads if name != "subspace" else ["block"]): continue
+        for name, attack in ATTACKS.items():
+            if kept & set(attack.reads) - set(attack.spares): continue
             yield Arm("cifar10", "A" if name == "closed-form" else "B", name, **common), n
         for method, attack in searches:
             if method == "april" and "positions" in kept: continue

@@ -51,7 +51,7 @@ def test_verdicts_are_those_of_the_attacks_run_one_by_one(report):
     model = timm_vit()
     update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
     for name in ("patch", "subspace"):
-        answer, found = ATTACKS[name][1](model, update), by_name(report)[name]
+        answer, found = ATTACKS[name].run(model, update), by_name(report)[name]
         assert (answer.verdict, answer.reason, answer.systems) == (found.verdict, found.reason, found.systems)
         assert found.psnr == pytest.approx(psnr(NORMALISATION.inverse(answer.images), PHOTO).item(), abs=1e-6)
 
@@ -83,9 +83,9 @@ def test_cures_applied_do_what_the_report_says(report):
             if found.name not in ATTACKS: continue
             if found.verdict == "not-applicable":
                 if not found.systems:
-                    with pytest.raises(AprilError): ATTACKS[found.name][1](model, sent)
+                    with pytest.raises(AprilError): ATTACKS[found.name].run(model, sent)
                 continue
-            answer = ATTACKS[found.name][1](model, sent)
+            answer = ATTACKS[found.name].run(model, sent)
             assert answer.verdict == found.verdict
             assert found.psnr == pytest.approx(psnr(NORMALISATION.inverse(answer.images), PHOTO).item(), abs=1e-6)
 
@@ -103,7 +103,7 @@ def test_the_noise_that_is_named_is_the_least_on_its_grid(report):
     model = timm_vit()
     update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
     less = defense(f"gaussian:{r / 10 ** 0.5:.1g}*rms", view(model), noise_generator(0))(update)
-    best = max(psnr(NORMALISATION.inverse(ATTACKS[a][1](model, less).images), PHOTO).item() for a in ("patch", "subspace"))
+    best = max(psnr(NORMALISATION.inverse(ATTACKS[a].run(model, less).images), PHOTO).item() for a in ("patch", "subspace"))
     assert best >= STOPPED
 
 
@@ -111,7 +111,7 @@ def test_ridge_sees_through_noise_that_ruins_least_squares():
     model = timm_vit(patch_size=4, embed_dim=72)   # 64 patches, ill-conditioned
     update = client_update(model, NORMALISATION(PHOTO).float(), LABEL)
     sent = defense("gaussian:0.001*rms", view(model), noise_generator(0))(update)
-    plain, ridge = (psnr(NORMALISATION.inverse(ATTACKS[a][1](model, sent).images), PHOTO).item() for a in ("patch", "ridge"))
+    plain, ridge = (psnr(NORMALISATION.inverse(ATTACKS[a].run(model, sent).images), PHOTO).item() for a in ("patch", "ridge"))
     assert ridge > plain + 6
 
 
