@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from april_nb.federated import MissingGradient, Update, client_update
-from april_nb.subspace import equations, refine, row_space, subspace_leakage
+from april_nb.subspace import equations, evened, refine, row_space, subspace_leakage
 from april_nb.views import view
 from april_nb.vit import ViT, guess_positions, init_torch, to_patches, vit
 
@@ -123,6 +123,24 @@ def test_a_row_space_contains_the_inputs_and_knows_its_error():
     outside = (a - a @ space.basis @ space.basis.mT).norm(dim=1) / 35 ** 0.5
     foretold = space.noise * space.error(a.mT).norm(dim=0)
     assert ((outside / foretold - 1).abs() < 0.5).all()
+
+
+@pytest.mark.parametrize("decades", [0, 1, 6])
+def test_even_rows_know_the_space_as_well_as_if_none_were_louder_than_another(decades):
+    g = torch.Generator().manual_seed(0)
+    a, delta = (torch.randn(5, n, generator=g, dtype=torch.double) for n in (40, 120))
+    size = torch.logspace(0, decades, 120, dtype=torch.double)[:, None]
+    sent = delta.mT @ a + 1e-3 * torch.randn(120, 40, generator=g, dtype=torch.double)
+    def outside(grad):
+        basis = row_space(grad, 5, torch.float64, "test").basis
+        return (a - a @ basis @ basis.mT).norm().item()
+    assert outside(evened(size * sent, 5)) < 1.1 * outside(sent)
+    if decades == 6: assert outside(size * sent) > 4 * outside(sent)
+
+
+def test_even_rows_leave_rows_without_error_alone():
+    exact = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.double)
+    assert torch.equal(evened(exact, 1), exact)
 
 
 def test_foretold_errors_are_true_under_rounding_and_noise():
