@@ -70,7 +70,7 @@ def device(
     except (RuntimeError, AssertionError) as error:
         raise AprilError(f"no device {name!r} on this machine: choose auto or cpu") from error
 
-# %% ../nbs/91_experiments.ipynb #52261940
+# %% ../nbs/91_experiments.ipynb #08d6f2e6
 open_once = functools.cache(load)
 
 def images_of(
@@ -91,7 +91,7 @@ CLOSED_FORMS = {name: attack.run for name, attack in ATTACKS.items()}
 
 # attacks that search in the span of the patches, and take no settings but steps: one image, or a batch
 SPAN_SEARCHES = {   # by name; refine starts from the linear solution, not from a seed
-    "refine": lambda model, updates, steps, labels, seeds, watch: refine(model, updates, steps, labels, watch),
+    "refine": lambda model, updates, steps, labels, seeds, watch, restarts=1: refine(model, updates, steps, labels, watch),
     "separate": separate,
 }
 
@@ -108,6 +108,7 @@ class Arm:
     batch: int = 1             # images in one update
     classes: str = ""          # of a batch: "distinct", "pair" (two of one), "random"; default: the sample's order
     steps: int | None = None   # of gradient matching (default: the settings')
+    restarts: int = 1          # first guesses of `separate` for each batch
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
@@ -134,6 +135,7 @@ class Arm:
         terms = {} if chosen is None else {k: v for k, v in asdict(chosen).items() if v and k != "steps"}
         batch = {"batch": self.batch} if self.batch > 1 else {}
         if self.classes: batch["classes"] = self.classes
+        if self.restarts > 1: batch["restarts"] = self.restarts
         defended = {"defense": "+".join(self.defense)} if self.defense else {}
         parts = {"init": self.init} | batch | dict(self.model or {}) | defended | terms
         return " ".join(f"{k}={v}" for k, v in parts.items())
@@ -188,7 +190,7 @@ def add_rows(
             writer.writeheader()
             writer.writerows(table[k] for k in sorted(table))
 
-# %% ../nbs/91_experiments.ipynb #de268196
+# %% ../nbs/91_experiments.ipynb #17efb304
 def solve_all(attack, server, updates):
     """A closed form: zero steps, images, the largest residual in the place of a loss, verdicts."""
     answers = [attack(server, u) for u in updates]
@@ -203,7 +205,7 @@ def match_all(arm, server, updates, labels, seeds, watch):
         watch(step, losses.median().item())
     if arm.labels == "restored": labels = torch.stack([restore_labels(server, u) for u in updates])
     if arm.method in SPAN_SEARCHES:
-        answers = SPAN_SEARCHES[arm.method](server, updates, arm.steps, labels, seeds, tell)
+        answers = SPAN_SEARCHES[arm.method](server, updates, arm.steps, labels, seeds, tell, arm.restarts)
     else: answers = match(server, updates, settings, labels, arm.format.normalisation.box(), seeds, watch=tell)
     least = [a.history.nan_to_num(torch.inf).min().item() for a in answers]
     yield settings.steps if settings else arm.steps, [a.images for a in answers], least, [a.verdict for a in answers]
@@ -273,7 +275,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #0f3a11bf
+# %% ../nbs/91_experiments.ipynb #c5151dba
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -326,11 +328,12 @@ def figure4_arms(preset):
 
 def batch_arms(preset):
     """Batches without position gradients, CIFAR-10 on architecture B (chapter 22)."""
-    steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1500, 50)), 10)}[preset]
+    steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1000, 50)), 10)}[preset]
     common = dict(know="withheld", marks=marks)
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
-                                 (8, "random", 400), (2, "pair", 1500)]:
+                                 (8, "random", 400), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
+    yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
 
 # what the clients of chapter 25 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
@@ -394,11 +397,13 @@ def patch_arms(preset):
 
 def subspace_arms(preset):
     """Theorem 4 without a position gradient, and the search behind it, on images that no choice saw (chapter 21)."""
-    n, steps, marks = {"quick": (1, 4, (0, 2)), "paper": (20, 300, (0, 10, 50, 100, 200))}[preset]
+    n, large, steps, marks = {"quick": (1, 0, 4, (0, 2)), "paper": (20, 1, 300, (0, 10, 50, 100, 200))}[preset]
     for positions in ("normal", "sincos1d", "sincos2d"):
         for dtype in ("float64", "float32"):
             yield Arm("cifar10", "B", "subspace", positions=positions, dtype=dtype, last=True), n
-    yield Arm("cifar10", "B", "refine", labels="restored", positions="sincos1d", steps=steps, marks=marks, last=True), n
+    search = dict(labels="restored", positions="sincos1d", marks=marks, last=True)
+    yield Arm("cifar10", "B", "refine", steps=steps, **search), n
+    yield Arm("imagenet", "B", "refine", steps=min(steps, 100), **search), large
 
 def sensitivity_arms(preset):
     """Table 1 by another optimiser, under timm's initialisation, in the pixel box; architecture B."""

@@ -22,12 +22,13 @@ from .labels import restore_labels
 from .matching import Matcher, Shares
 from .views import View
 
-# %% ../nbs/14_optimization.ipynb #c6e1eb46
+# %% ../nbs/14_optimization.ipynb #80b31a43
 @dataclass(frozen=True)
 class Settings:
     """One gradient-matching attack."""
     steps: int                 # gradient steps
     cosine: bool = False       # compare directions? else squared distance
+    relative: bool = False     # each tensor's squared distance over its own squared norm?
     position: float = 0.0      # α, the weight of the position embedding's direction (Eq. 12)
     l1: float = 0.0            # λ₁, the weight of the L1 distance
     tv: float = 0.0            # λ_TV, the weight of the images' total variation
@@ -59,7 +60,9 @@ def objective(
     positions: str,      # name of the position embedding
 ) -> Tensor:             # shape (N,)
     """The loss of each victim: distance or angle, plus position term, L1 term and total variation."""
-    loss = 1 - shares.cosine() if settings.cosine else shares.distance() / shares.target.sum(1)
+    if settings.cosine: loss = 1 - shares.cosine()
+    elif settings.relative: loss = shares.relative_distance()
+    else: loss = shares.distance() / shares.target.sum(1)
     if settings.position: loss = loss + settings.position * (1 - shares.cosine({positions: 1.0}))
     if settings.l1: loss = loss + settings.l1 * shares.l1
     if settings.tv: loss = loss + settings.tv * total_variation(images)
@@ -123,7 +126,7 @@ def mover(
         adam.step(), schedule.step()
     return move
 
-# %% ../nbs/14_optimization.ipynb #16ed0a46
+# %% ../nbs/14_optimization.ipynb #7634edc6
 def match(
     model: nn.Module,              # the server's model
     updates: Sequence[Update],     # one for each victim
@@ -132,7 +135,7 @@ def match(
     box: tuple[Tensor, Tensor] | None = None,  # least and largest normalised pixel, shape (channels, 1, 1) each
     seeds: Sequence[int] | None = None,  # of the first guesses (default: 0, 1, …)
     decode: Callable[[Tensor], Tensor] | None = None,  # free variables → images (default: pixels are free)
-    start: Tensor | None = None,   # free variables to start from, shape (N, …) (default: noise in pixels)
+    start: Callable[[torch.Generator], Tensor] | None = None,  # draws a victim's first guess (default: in pixels)
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     dtype: torch.dtype = torch.float32,  # to compute in
 ) -> list[Reconstruction]:         # one for each victim, with labels and history
@@ -144,7 +147,7 @@ def match(
     ------
     AprilError
         If the settings keep pixels in a box and none is given or pixels are not what is free, if the optimiser
-        is unknown, or if free variables are decoded and none are given to start from.
+        is unknown, or if free variables are decoded and nothing draws the first.
     MissingGradient
         If the settings weigh the position embedding's gradient and a client did not send it.
     """
@@ -165,8 +168,8 @@ def match(
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
     normal = lambda generator, *size: torch.randn(size, generator=generator, dtype=dtype)
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    x = torch.stack([settings.start * normal(g, *shape) for g in generators]) if start is None else start
-    x = x.to(device, dtype).clone().requires_grad_()
+    if start is None: start = lambda g: settings.start * normal(g, *shape)
+    x = torch.stack([start(g) for g in generators]).to(device, dtype).requires_grad_()
     y, free = None, [x]
     if settings.soft_labels:
         classes = len(matcher.view.weights[matcher.view.classifier])

@@ -61,7 +61,7 @@ def family(
     open_ = torch.linalg.svd(e.K).Vh[solved.system.rank:].mT
     return Family(e.patches.basis, solved.X, open_, (e.patches.system, e.tokens.system, solved.system))
 
-# %% ../nbs/22_separation.ipynb #4de6dcab
+# %% ../nbs/22_separation.ipynb #e346a15b
 def separate(
     model: nn.Module,              # the server's model, with the clients' position embedding
     updates: Sequence[Update],     # one for each victim, of as many images each
@@ -69,10 +69,11 @@ def separate(
     labels: Tensor | None = None,  # classes of the images, shape (N, B), if known; restored otherwise
     seeds: Sequence[int] | None = None,  # of the first guesses (default: 0, 1, …)
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
+    restarts: int = 1,             # first guesses for each victim; the one that ends with the least loss counts
 ) -> list[Reconstruction]:         # one for each victim: B images, with labels and history
     """The images of batches whose position gradient is withheld: gradient matching in the family's coordinates.
 
-    `watch` is told as in `april_nb.optimization.match`, which does the search.
+    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told as in `april_nb.optimization.match`, which does the search.
 
     Raises
     ------
@@ -83,12 +84,11 @@ def separate(
     families = [family(v, u) for u in updates]
     y = torch.stack([restore_labels(model, u) for u in updates]) if labels is None else labels
     B, P, k = updates[0].examples, families[0].h.shape[1], max(f.Q.shape[1] for f in families)
-    noise = lambda seed: torch.randn(B, k, P, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    start = torch.stack([noise(s) for s in (range(len(updates)) if seeds is None else seeds)])
+    start = lambda generator: torch.randn(B, k, P, generator=generator, dtype=torch.double)
     def decode(c):   # a family of fewer than k coordinates does not use the last ones
         X = torch.stack([f.patches(one[:, :f.Q.shape[1]]) for f, one in zip(families, c)])
         return from_patches(X.flatten(0, 1), v.patch, *v.image_shape[1:]).unflatten(0, (-1, B))
     computed = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps)
-    answers = match(model, updates, Settings(steps, optimiser="lbfgs", schedule="constant"), y, decode=decode,
-                    start=start, dtype=computed, watch=watch)
+    settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant", restarts=restarts)
+    answers = match(model, updates, settings, y, seeds=seeds, decode=decode, start=start, watch=watch, dtype=computed)
     return [replace(a, systems=f.systems) for a, f in zip(answers, families)]

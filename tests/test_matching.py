@@ -36,7 +36,7 @@ def cases(draw):
     return model, updates, images().requires_grad_(), labels
 
 
-LOSSES = {"distance": Shares.distance, "cosine": Shares.cosine, "l1": lambda s: s.l1,
+LOSSES = {"distance": Shares.distance, "relative": Shares.relative_distance, "cosine": Shares.cosine, "l1": lambda s: s.l1,
           "positions": lambda s: s.cosine({"positions": 1.0}), "weighted": lambda s: s.distance({"patch.weight": 3.0, "head.bias": 0.5})}
 
 
@@ -59,6 +59,13 @@ def test_a_subset_of_parameters_counts_alone(case, data):
     names = data.draw(st.lists(st.sampled_from(sorted(updates[0].gradients)), min_size=1, unique=True))
     whole, part = (Matcher(model, updates, n, dtype=torch.double).shares(x, y) for n in (None, names))
     torch.testing.assert_close(part.distance(), whole.distance(dict.fromkeys(names, 1.0)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_relative_distance_counts_every_tensor_by_its_own_size_and_none_that_holds_rounding_alone():
+    ours, theirs = torch.tensor([[[3.0, 0.0], [3e-3, 0.0], [9.0, 9.0]]]), torch.tensor([[[1.0, 0.0], [1e-3, 0.0], [1e-9, 0.0]]])
+    dot = lambda a, b: (a * b).sum(-1).double()
+    shares = Shares(("loud", "quiet", "rounding"), dot(ours, ours), dot(ours, theirs), dot(theirs, theirs))
+    torch.testing.assert_close(shares.relative_distance(), torch.tensor([8.0]).double(), rtol=1e-5, atol=0)
 
 
 def tiny(seed=0, n=1):
@@ -107,10 +114,10 @@ def test_restarts_keep_the_guess_of_least_loss():
 def test_free_variables_are_whatever_is_decoded():
     model, x, y = tiny(n=2)
     updates = [client_update(model, a[None], b[None]) for a, b in zip(x, y)]
-    start = torch.randn(2, 64, dtype=torch.double, generator=torch.Generator().manual_seed(3))
-    as_images = lambda v: v.view(2, 1, 1, 8, 8)
+    start = lambda generator: torch.randn(64, dtype=torch.double, generator=generator)
+    as_images = lambda v: v.view(-1, 1, 1, 8, 8)
     free = match(model, updates, Settings(5), y[:, None], start=start, decode=as_images, dtype=torch.double)
-    pixels = match(model, updates, Settings(5), y[:, None], start=as_images(start), dtype=torch.double)
+    pixels = match(model, updates, Settings(5), y[:, None], start=lambda g: as_images(start(g))[0], dtype=torch.double)
     for a, b in zip(free, pixels): torch.testing.assert_close(a.images, b.images)
     with pytest.raises(AprilError, match="start="): match(model, updates, Settings(5), y[:, None], decode=as_images)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from april_nb.federated import AprilError, MissingGradient, client_update
 from april_nb.metrics import best_assignment
+from april_nb.optimization import RESTART
 from april_nb.separation import family, separate
 from april_nb.subspace import equations, refine
 from april_nb.views import view
@@ -78,6 +79,14 @@ def test_victims_separated_together_do_not_notice_each_other_nor_the_generator()
     together = separate(model, updates, 5, labels, seeds=[3, 4])
     alone, = separate(model, updates[1:], 5, labels[1:], seeds=[4])
     assert torch.allclose(together[1].images, alone.images) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_of_several_first_guesses_the_one_of_least_loss_counts():
+    model = small()
+    updates, labels = [batch(model, [1, 1], seed)[1] for seed in (0, 1)], torch.tensor([[1, 1], [1, 1]])
+    tries = [separate(model, updates, 20, labels, seeds=[RESTART * r, 1 + RESTART * r]) for r in range(3)]
+    for got, of in zip(separate(model, updates, 20, labels, restarts=3), zip(*tries)):
+        assert torch.equal(got.images, min(of, key=lambda a: a.history.min()).images)
 
 
 def test_what_the_search_cannot_do_without_is_named():
