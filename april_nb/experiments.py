@@ -275,7 +275,7 @@ def attack_slice(
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
             for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
 
-# %% ../nbs/91_experiments.ipynb #c5151dba
+# %% ../nbs/91_experiments.ipynb #1152653f
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
@@ -331,7 +331,7 @@ def batch_arms(preset):
     steps, marks, n = {"quick": (4, (), 1), "paper": (None, tuple(range(0, 1000, 50)), 10)}[preset]
     common = dict(know="withheld", marks=marks)
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
-                                 (8, "random", 400), (2, "pair", 1000)]:
+                                 (8, "random", 800), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
 
