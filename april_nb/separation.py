@@ -61,7 +61,7 @@ def family(
     open_ = torch.linalg.svd(e.K).Vh[solved.system.rank:].mT
     return Family(e.patches.basis, solved.X, open_, (e.patches.system, e.tokens.system, solved.system))
 
-# %% ../nbs/22_separation.ipynb #e346a15b
+# %% ../nbs/22_separation.ipynb #e0f7e7b2
 def separate(
     model: nn.Module,              # the server's model, with the clients' position embedding
     updates: Sequence[Update],     # one for each victim, of as many images each
@@ -73,7 +73,8 @@ def separate(
 ) -> list[Reconstruction]:         # one for each victim: B images, with labels and history
     """The images of batches whose position gradient is withheld: gradient matching in the family's coordinates.
 
-    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told as in `april_nb.optimization.match`, which does the search.
+    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told
+    as in `april_nb.optimization.match`, which does the search.
 
     Raises
     ------
