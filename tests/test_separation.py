@@ -1,4 +1,5 @@
 """Batches in the span of their patches: what linear algebra leaves open, and how a search tells images apart."""
+import copy
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,14 @@ def test_a_batch_of_distinct_classes_comes_back_with_labels_restored():
         ("patches", 12, 12), ("tokens", 13, 13), ("subspace", 4, 12)]
 
 
+def test_a_batch_with_two_images_of_one_class_comes_back_with_labels_restored():
+    model = small()
+    x, update = batch(model, [1, 1, 3])
+    answer, = separate(model, [update], 700)
+    assert (answer.images[best_assignment(answer.images, x)] - x).abs().max() < 1e-4
+    assert sorted(answer.labels.tolist()) == [1, 1, 3] and answer.verdict == "approximate"
+
+
 def test_a_batch_comes_back_without_the_gradients_of_both_embeddings():
     model = small()
     x, _ = batch(model, [1, 1])
@@ -87,6 +96,15 @@ def test_of_several_first_guesses_the_one_of_least_loss_counts():
     tries = [separate(model, updates, 20, labels, seeds=[RESTART * r, 1 + RESTART * r]) for r in range(3)]
     for got, of in zip(separate(model, updates, 20, labels, restarts=3), zip(*tries)):
         assert torch.equal(got.images, min(of, key=lambda a: a.history.min()).images)
+
+
+@pytest.mark.parametrize("search", [lambda *a: separate(*a, restarts=2), refine], ids=["separate", "refine"])
+def test_the_server_keeps_its_model(search):
+    model = small()
+    before = copy.deepcopy(model)
+    search(model, [batch(model, [1])[1]], 2)
+    assert all(p.requires_grad for p in model.parameters()) and next(model.parameters()).dtype == torch.double
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
 
 def test_what_the_search_cannot_do_without_is_named():
