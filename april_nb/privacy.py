@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from . import __version__
 from .data import Images
 from .defenses import clip, gaussian, l1_clip, laplace
-from .federated import AprilError, Update
+from .federated import AprilError, Update, generator_of, require
 from .training import accuracy
 from .vit import vit
 
@@ -274,8 +274,8 @@ def train_privately(
         If the noise is negative, the loss is no number, or Opacus is not installed.
     """
     refuse_nonsense(noise_multiplier)
-    source = torch.Generator(images.device).manual_seed(seed)
-    data = DataLoader(TensorDataset(images, labels), batch, generator=torch.Generator().manual_seed(seed))
+    source = generator_of(seed, device=images.device)
+    data = DataLoader(TensorDataset(images, labels), batch, generator=generator_of(seed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # that noise is repeatable, and how PyTorch calls Opacus's hooks
         private, rule, data = library().PrivacyEngine().make_private(
