@@ -125,31 +125,35 @@ STATISTICS = ("running_mean", "running_var")
 
 def entries(weights):
     """Floating-point tensors of a module or a state dict by plain name, and the names that are surely trained."""
-    sure = ()
-    if isinstance(weights, nn.Module):
-        sure, weights = {n for n, p in weights.named_parameters() if p.requires_grad}, dict(weights.named_parameters())
+    module = isinstance(weights, nn.Module)
+    require([(module or isinstance(weights, Mapping), f"weights are {brief(weights)}: give a module or a state dict")])
+    sure = [n for n, p in weights.named_parameters() if p.requires_grad] if module else []
+    weights = dict(weights.named_parameters()) if module else weights
     kept = {n: t for n, t in weights.items()
             if isinstance(t, Tensor) and t.is_floating_point() and not n.endswith(STATISTICS)}
     return dict(zip(plain(kept), kept.values())), set(map(plain_name, sure))
 
+def about_weight(name, w, w_K):
+    """What a parameter must be, before training and after."""
+    yield (w is not None and w_K is not None, f"{name!r} is in one of the two sets of weights only: give weights of "
+                                              "one model, before and after training")
+    for when, t in [("before", w), ("after", w_K)]:
+        what = f"the weight {name!r} {when} training"
+        yield from about_tensor(what, t)
+        yield (torch.isfinite(t).all(), f"{what} has NaN or infinite entries, and the gradient is lost: "
+                                        "train with a smaller learning rate")
+    yield w.shape == w_K.shape, (f"the weight {name!r} has shape {tuple(w.shape)} before training and "
+                                 f"{tuple(w_K.shape)} after: give weights of one model")
+
 def difference(before, after, scale):
-    """(w − w_K) / scale for each parameter: exact in float64 but for the division, then in the weights' format."""
+    """(w − w_K) / scale for each parameter, in float64 and then in the coarser of the weights' formats."""
     (w, sure), (w_K, sure_K) = entries(before), entries(after)
     known, found = sure | sure_K, {}
-    for name in w | w_K if not known else [n for n in w | w_K if n in known]:
-        require([(name in w and name in w_K, f"{name!r} is in one of the two sets of weights only: "
-                                             "give weights of one model, before and after training")])
-        pair = w[name].detach(), w_K[name].detach().to(w[name].device)
-        for when, t in zip(("before", "after"), pair):
-            require(about_tensor(f"the weight {name!r} {when} training", t))
-            require([(torch.isfinite(t).all(), f"the weight {name!r} {when} training has NaN or infinite entries: "
-                                               "its gradient is lost; train with a smaller learning rate")])
-        a, b = pair
-        require([(a.shape == b.shape, f"the weight {name!r} has shape {tuple(a.shape)} before training and "
-                                      f"{tuple(b.shape)} after: give weights of one model")])
-        coarser = max(a.dtype, b.dtype, key=lambda t: torch.finfo(t).eps)
-        if known or not torch.equal(a.double(), b.double()):
-            found[name] = ((a.double() - b.double()) / scale).to(coarser)
+    for name in [n for n in w | w_K if not known or n in known]:
+        require(about_weight(name, w.get(name), w_K.get(name)))
+        step = w[name].detach().double() - w_K[name].detach().to(w[name].device, torch.float64)
+        coarser = max(w[name].dtype, w_K[name].dtype, key=lambda t: torch.finfo(t).eps)
+        if known or step.any(): found[name] = (step / scale).to(coarser)
     require([(any(g.any() for g in found.values()), "no weight has changed: give weights before and after training")])
     return found
 
@@ -242,6 +246,8 @@ class Update:
         """
         if isinstance(source, nn.Module):
             source = {n: p.grad for n, p in source.named_parameters() if p.requires_grad}
+        require([(isinstance(source, Mapping), f"gradients are {brief(source)}: give a module or a dict of tensors by name")])
+        require(about_words("the list of gradients", source))
         require(about_words("withheld", withheld))
         absent = [n for n, g in source.items() if g is None]
         kept_back = tuple(dict.fromkeys(map(plain_name, (*withheld, *absent))))
