@@ -27,16 +27,14 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.v2 import functional as transforms
 
-from .federated import AprilError, InvalidImage, brief, require
+from .federated import AprilError, InvalidImage, about_images, brief, require
 
 # %% ../nbs/04_data.ipynb #ff6f62f7
 def about_pixels(images, channels=None):
     """What images must be, in [0, 1] or normalised, of so many channels."""
-    yield isinstance(images, Tensor), f"images are of type {type(images).__name__}: pass a tensor (B, channels, H, W)"
-    yield images.is_floating_point(), (f"pixels are {str(images.dtype).removeprefix('torch.')}: "
-                                       "convert them to floating point and divide by 255")
+    yield from about_images(images)
     shape = tuple(images.shape)
-    yield images.ndim > 2 and images.numel(), f"images of shape {shape}: pass a tensor (B, channels, H, W)"
+    yield images.ndim > 2, f"images of shape {shape}: pass a tensor (B, channels, H, W)"
     yield channels in (None, shape[-3]), (f"images of shape {shape} have {shape[-3]} channel(s), not {channels}: "
                                           "pass a tensor (B, channels, H, W)")
 
@@ -115,7 +113,7 @@ def check_pixels(
         If they are no floating-point numbers, of another shape, NaN, or outside [0, 1] by more than rounding.
     """
     require(about_pixels(images, channels), InvalidImage)
-    require([(not images.isnan().any(), "images have NaN pixels")], InvalidImage)
+    require([(not images.isnan().any(), "images have NaN pixels: look where they come from")], InvalidImage)
     low, high, slack = images.min().item(), images.max().item(), max(1e-6, 8 * torch.finfo(images.dtype).eps)
     bytes_ = -slack <= low and 2 < high <= 255
     require([(not bytes_, f"pixels reach from {low:g} to {high:g}: divide them by 255"),
@@ -173,7 +171,7 @@ def read_image(
         raise InvalidImage(f"{path} has more than {most} million pixels: make it smaller first") from error
     except MemoryError as error:
         raise InvalidImage(f"there is not enough memory to read {path}: make it smaller first") from error
-    except (OSError, SyntaxError, ValueError) as error:   # `InvalidImage` is a ValueError, too
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:   # `InvalidImage` is a ValueError, too
         raise InvalidImage(f"cannot read {path}: {brief(error)}") from error
 
 # %% ../nbs/04_data.ipynb #b6e17f8e

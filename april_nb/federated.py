@@ -54,8 +54,8 @@ def brief(
 ) -> str:           # as it may stand in a line
     """A value cut short: what a stranger wrote can be long."""
     if isinstance(value, Exception): return str(value).partition("\n")[0][:200]
-    large = isinstance(value, int) and value.bit_length() > 64
-    return f"a number of {value.bit_length()} bits" if large else reprlib.repr(value)
+    if isinstance(value, int) and value.bit_length() > 64: return f"a number of {value.bit_length()} bits"
+    return " ".join(reprlib.repr(value).split())
 
 # %% ../nbs/01_federated.ipynb #8295356f
 WRAPPERS = re.compile(r"^(?:(?:_?module|_orig_mod|base_model\.model)\.)+")
@@ -103,7 +103,7 @@ def about_counts(examples, local_steps, lr):
 def about_words(what, words):
     """What the names in an update must be."""
     strings = isinstance(words, Collection) and not isinstance(words, str) and all(isinstance(w, str) for w in words)
-    yield strings, f"{what} is {brief(words)}: give a tuple of strings"
+    yield strings, f"{what} must be a tuple of strings, not {brief(words)}"
     yield sum(map(len, words)) <= 10 ** 6, f"{what} has more than a million characters: give names alone"
     strange = [w for w in words if not w.isprintable()]
     yield not strange, f"{what} has control characters in {brief(strange and strange[0])}: give names alone"
@@ -112,7 +112,7 @@ def refuse(gradients, withheld, defenses, *counts):
     """One line for what no update may hold."""
     require([(isinstance(gradients, Mapping), f"gradients are {brief(gradients)}: give a dict of tensors by parameter name"),
              (gradients, "the update holds no gradient at all")])
-    for what, words in [("the list of gradients", gradients), ("withheld", withheld), ("defenses", defenses)]:
+    for what, words in [("the names of gradients", list(gradients)), ("withheld", withheld), ("defenses", defenses)]:
         require(about_words(what, words))
     require(about_counts(*counts))
     for name, g in gradients.items():
@@ -247,7 +247,7 @@ class Update:
         if isinstance(source, nn.Module):
             source = {n: p.grad for n, p in source.named_parameters() if p.requires_grad}
         require([(isinstance(source, Mapping), f"gradients are {brief(source)}: give a module or a dict of tensors by name")])
-        require(about_words("the list of gradients", source))
+        require(about_words("the names of gradients", list(source)))
         require(about_words("withheld", withheld))
         absent = [n for n, g in source.items() if g is None]
         kept_back = tuple(dict.fromkeys(map(plain_name, (*withheld, *absent))))
@@ -336,17 +336,18 @@ def about_model(model):
            "every parameter of the model is frozen, so that there is nothing to send: requires_grad_(True) frees them")
 
 def about_images(images):
-    """What images must be, but for their shape, which is the model's matter."""
+    """What images must be, but for their shape and range, which others know."""
     yield isinstance(images, Tensor), f"images are of type {type(images).__name__}: pass a tensor (B, channels, H, W)"
-    yield images.is_floating_point(), (f"images are {str(images.dtype).removeprefix('torch.')}: divide pixels by 255 "
-                                       "and normalise them")
-    yield images.ndim > 0 and len(images), f"there is no image in a batch of shape {tuple(images.shape)}"
-    yield not images.isnan().any(), "images have NaN pixels"
+    yield images.is_floating_point(), (f"pixels are {str(images.dtype).removeprefix('torch.')}: "
+                                       "convert them to floating point and divide by 255")
+    yield not images.is_meta, "images are on `meta` and hold no numbers: pass real ones"
+    yield images.ndim > 0 and images.numel(), f"images of shape {tuple(images.shape)}: pass a tensor (B, channels, H, W)"
 
 def about_labels(labels, images):
     """What labels must be, but for the number of classes, which is the model's matter."""
     yield isinstance(labels, Tensor), f"labels are of type {type(labels).__name__}: pass torch.tensor(labels)"
     yield labels.dtype == torch.int64, f"labels are {str(labels.dtype).removeprefix('torch.')}: pass labels.long()"
+    yield labels.device == images.device, f"labels are on {labels.device}, images on {images.device}: move one of them"
     yield labels.ndim == 1, f"labels have shape {tuple(labels.shape)}: give one class for each image, shape (B,)"
     yield len(images) == len(labels), f"{len(images)} images but {len(labels)} labels"
     yield labels.min() >= 0, f"label {labels.min()} is out of range: classes are counted from 0"
@@ -381,10 +382,11 @@ def client_update(
     """
     require(about_model(model), AprilError)
     require(about_images(images), InvalidImage)
+    require([(not images.isnan().any(), "images have NaN pixels: look where they come from")], InvalidImage)
     require(about_labels(labels, images), AprilError)
     require(about_counts(len(images), local_steps, lr))
-    start = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    if unknown := set(withheld) - set(start):
+    start, kept_back = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, set(map(plain_name, withheld))
+    if unknown := kept_back - set(map(plain_name, start)):
         raise AprilError(f"cannot withhold {sorted(unknown)}: no such parameter")
     w = start
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
@@ -393,7 +395,7 @@ def client_update(
             g = gradients(model, w, images, labels, loss)
             w = {n: w[n] - lr * g[n] for n in w}
     if local_steps > 1: g = {n: (start[n] - w[n]) / (lr * local_steps) for n in w}
-    sent = {n: g[n].to(dtype or g[n].dtype) for n in g if n not in withheld}
+    sent = {n: g[n].to(dtype or g[n].dtype) for n in g if plain_name(n) not in kept_back}
     return Update(sent, len(images), local_steps, lr if local_steps > 1 else None, tuple(withheld))
 
 # %% ../nbs/01_federated.ipynb #8e5b3a2e

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from april_nb import federated
 from april_nb.closed_form import closed_form
 from april_nb.defenses import noise_generator
-from april_nb.federated import (AprilError, InvalidUpdate, MissingGradient, Update, client_update, generator_of, load_update,
-                                plain_name, save_update)
+from april_nb.federated import AprilError, InvalidUpdate, MissingGradient, Update, client_update, load_update, save_update
 from april_nb.labels import restore_labels
 from april_nb.patch import patch_leakage
 from april_nb.views import view
@@ -60,16 +60,17 @@ def opacus(model):
 @pytest.mark.parametrize("name", ["blocks.0.attention.q.weight", "positions", "head.bias", "module_list.0.weight"])
 @given(prefixes=st.lists(st.sampled_from(["module.", "_module.", "_orig_mod.", "base_model.model."]), max_size=4))
 def test_prefixes_of_wrappers_come_off_however_many(name, prefixes):
-    assert plain_name("".join(prefixes) + name) == name
+    assert federated.plain_name("".join(prefixes) + name) == name
 
 
 def test_a_compiled_part_keeps_its_name():
     model = vit("vit_mnist", "B", depth=1)
     names = [n for n, _ in model.named_parameters()]
     model.blocks[0].mlp = torch.compile(model.blocks[0].mlp, backend="eager")
-    assert [n for n, _ in model.named_parameters()] != names and [plain_name(n) for n, _ in model.named_parameters()] == names
+    assert [n for n, _ in model.named_parameters()] != names and [federated.plain_name(n) for n, _ in model.named_parameters()] == names
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")   # Opacus's way
 @pytest.mark.parametrize("wrapper", [*WRAPPERS, "opacus"])
 def test_gradients_of_a_wrapped_model_are_those_of_the_model(wrapper):
     if wrapper == "opacus": pytest.importorskip("opacus")
@@ -235,8 +236,8 @@ def test_a_gradient_that_is_no_dense_floating_point_tensor_is_refused(kind, tmp_
 
 
 def test_what_is_no_dict_of_names_is_refused():
-    one_line(lambda: Update([torch.ones(2)]), "dict of tensors")
-    one_line(lambda: Update({1: torch.ones(2)}), "tuple of strings")
+    one_line(lambda: Update([torch.ones(2, 2)]), "dict of tensors")
+    one_line(lambda: Update({1: torch.ones(2)}), "names of gradients", "tuple of strings")
     one_line(lambda: Update({"w": torch.ones(2), "_module.w": torch.ones(2)}), "two entries", "'w'")
 
 
@@ -259,15 +260,15 @@ def draw(generator): return torch.randn(4, generator=generator).tolist()
 
 @given(st.integers(0, 2**32 - 1))
 def test_seeds_below_2_to_the_32_keep_their_streams(seed):
-    assert draw(generator_of(seed)) == draw(torch.Generator().manual_seed(seed))
+    assert draw(federated.generator_of(seed)) == draw(torch.Generator().manual_seed(seed))
     assert draw(noise_generator(seed)) == draw(torch.Generator().manual_seed(2**31 + seed))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_seeds_that_share_a_half_differ(low, high, other):
     if high != other:
-        assert draw(generator_of(low + 2**32 * high)) != draw(generator_of(low + 2**32 * other))
-        assert draw(generator_of(high + 2**32 * low)) != draw(generator_of(other + 2**32 * low))
+        assert draw(federated.generator_of(low + 2**32 * high)) != draw(federated.generator_of(low + 2**32 * other))
+        assert draw(federated.generator_of(high + 2**32 * low)) != draw(federated.generator_of(other + 2**32 * low))
 
 
 @pytest.mark.parametrize("seeds", [(0, 2**32), (1, 2**32), (0, 2**63), (5, 2**64 - 1)])
@@ -282,7 +283,7 @@ def test_long_seeds_give_other_weights_positions_masks_and_noise(seeds):
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**5000, 1.0, "1", None, True, float("nan")], ids=lambda s: str(type(s).__name__))
 def test_a_seed_that_is_none_is_one_line(seed):
     model = vit("vit_mnist", "A", depth=1)
-    for call in (generator_of, noise_generator, lambda s: vit("vit_mnist", seed=s), lambda s: guess_positions(model, seed=s),
+    for call in (federated.generator_of, noise_generator, lambda s: vit("vit_mnist", seed=s), lambda s: guess_positions(model, seed=s),
                  lambda s: client_update(model, torch.rand(1, 1, 28, 28), torch.tensor([1]), seed=s)):
         one_line(lambda: call(seed), "whole number", error=AprilError)
 
@@ -293,3 +294,10 @@ def test_a_prefix_on_every_name_does_not_keep_an_attack_from_an_update():
     wrapped = Update({f"module.{n}": g for n, g in update.gradients.items()})
     assert wrapped == update and closed_form(model, wrapped).verdict == "exact"
     assert view(model).gradient(wrapped, "positions").shape == (17, 384)
+
+
+@pytest.mark.parametrize("withheld", ["head.bias", "module.head.bias"])
+def test_a_client_withholds_by_the_plain_name_whatever_wraps_its_model(withheld):
+    model, x, y = vit("vit_mnist", "A", depth=1), torch.rand(1, 1, 28, 28), torch.tensor([3])
+    update = client_update(torch.compile(model, backend="eager"), x, y, withheld=(withheld,))
+    assert update == client_update(model, x, y, withheld=("head.bias",)) and "head.bias" not in update.gradients
