@@ -249,10 +249,13 @@ def laplace_mechanism(
 # %% ../nbs/18_privacy.ipynb #fa0f58c3
 def refuse_long_step(lr, L, μ=1.0, steps=1):
     """One line for a step for which the bounds are not proved."""
-    require([(0 < L < math.inf and 0 < μ < math.inf, f"smoothness and convexity are positive numbers, not {L} and {μ}"),
-             (steps >= 1, f"steps are counted from 1, not {steps}"),
-             (0 < lr <= 1 / L, f"the bound holds for steps from 0 to 1/L = {1 / L if L else L:g}, not for {lr:g}")],
-            AprilError)
+    if not (0 < L < math.inf and 0 < μ < math.inf):
+        raise AprilError(f"smoothness and convexity are positive numbers, not {L} and {μ}")
+    if steps < 1: raise AprilError(f"steps are counted from 1, not {steps}")
+    if not 0 < lr <= 1 / L:
+        raise AprilError(f"the bound holds for steps from 0 to 1/L = {1 / L:g}, not for {lr:g}")
+
+
 
 # %% ../nbs/18_privacy.ipynb #4495f740
 def stationarity_bound(
