@@ -241,7 +241,7 @@ def check_weights(
     for name, p in unwrap(model).named_parameters(): sound(name, p.detach())
 
 # %% ../nbs/03_views.ipynb #9013120f
-FAMILIES: dict[str, Callable[[nn.Module], View]] = {}   # full name of a class → what makes its view
+FAMILIES: dict[type[nn.Module], Callable[[nn.Module], View]] = {}   # class → what makes its view
 
 def own_view(
     model: ViT,  # one of this book's
@@ -256,7 +256,7 @@ def own_view(
         blocks="blocks", learns_positions=model.position_kind == "learned", attention_reads_stream=model.arch == "A",
         norm=None if model.arch == "A" else ("blocks.0.norm1.weight", "blocks.0.norm1.bias"))
 
-FAMILIES[f"{ViT.__module__}.{ViT.__qualname__}"] = own_view
+FAMILIES[ViT] = own_view
 
 # %% ../nbs/03_views.ipynb #9da6eb0e
 @dataclass(frozen=True)
@@ -510,14 +510,14 @@ def pair(side):
     return side if isinstance(side, Sequence) else (side, side)
 
 # %% ../nbs/03_views.ipynb #5bba9a0d
-CHECKED: WeakKeyDictionary[nn.Module, tuple[Check, ...]] = WeakKeyDictionary()   # models that a view was proved on
+CHECKED: WeakKeyDictionary[nn.Module, tuple[View, tuple[Check, ...]]] = WeakKeyDictionary()   # model → names, proof
 
 def named_parts(
     model: nn.Module,  # without wrappers
 ) -> View:             # not yet proved
     """What is registered for a model's class or found by its parts."""
     servable(model)
-    return next((FAMILIES[name] for name in class_names(model) if name in FAMILIES), by_parts)(model)
+    return next((FAMILIES[cls] for cls in type(model).__mro__ if cls in FAMILIES), by_parts)(model)
 
 def check_view(
     model: nn.Module,  # wrapped or not
@@ -563,8 +563,12 @@ def view(
     model = unwrap(model)
     v = named_parts(model)
     if type(model) is ViT or any(w.is_meta for w in v.weights.values()): return v
-    if model not in CHECKED: CHECKED[model] = checks(model, v)
-    return proved(v, CHECKED[model], any(name in FAMILIES for name in class_names(model)))
+    names = replace(v, weights={})
+    known, found = CHECKED.get(model, (None, ()))
+    if names != known:
+        found = checks(model, v)
+        CHECKED[model] = names, found
+    return proved(v, found, any(cls in FAMILIES for cls in type(model).__mro__))
 
 # %% ../nbs/03_views.ipynb #bdf096c8
 def known(names, among, cls, kind):
@@ -607,4 +611,4 @@ def register_view(
             model, embedding=patch_embedding, positions=next(iter(tensors(positions)), None), prefix=tensors(*prefix),
             block=block, blocks=blocks or block, norm=norm, attention=tensors(*attention), head=head,
             side=image_size and pair(image_size), channels=channels, channels_last=channels_last, residual=residual)
-    FAMILIES[f"{cls.__module__}.{cls.__qualname__}"] = make
+    FAMILIES[cls] = make
