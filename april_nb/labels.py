@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .federated import Update, logits
 from .linear import NotRecoverable
-from .views import NotApplicable, View, view
+from .views import NotApplicable, View, check_weights, unwrap, view
 
 # %% ../nbs/12_labels.ipynb #111fc932
 def idlg(
@@ -83,7 +83,9 @@ def public_outlook(
     seed: int = 0,           # of the pictures
 ) -> tuple[Tensor, Tensor]:  # predictions p, shape (n, K), and features h, shape (n, C), float64
     """What the model says about random blobs of colour, which anyone can draw."""
-    v, seen = view(model), []
+    model, seen = unwrap(model), []
+    check_weights(model)
+    v = view(model)
     channels, *shape = v.image_shape
     g = torch.Generator().manual_seed(seed)
     blobs = [torch.randn(-(-n // 4), channels, side, side, generator=g) for side in (1, 2, 4, 8)]
