@@ -12,15 +12,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .certificate import CONTRADICTION, Reconstruction, Solution, judge, solve, standard_error
+from .certificate import CONTRADICTION, Reconstruction, Solution, judge, solve, standard_error, unit
 from .federated import Update
 from .position import position_gradient
-from .views import view
+from .views import View, view
 from .vit import from_patches
 
 # %% ../nbs/20_patch.ipynb #c0272e23
+def embedding_system(
+    v: View,         # of the server's model
+    update: Update,  # what the client sent
+) -> tuple[Solution, Tensor]:
+    """Theorem 3's system G_pᵀ X = ∇W_p as it was solved, and its right-hand side."""
+    G_p, grad = position_gradient(v, update)[-v.patches:], v.gradient(update, v.patch_weight)
+    return solve(G_p.mT, grad, "patch_embedding", update.dtype), grad
+
+# %% ../nbs/20_patch.ipynb #42165e0d
 def shrinkage(
-    G_p: Tensor,         # as sent, shape (P, C), float64
     X: Solution,         # of G_pᵀ X = ∇W_p
     rounding: float,     # relative residuals up to this are those of one rounded product
 ) -> float:              # root mean square of what noise in G_p took off X; infinite where it may be all
@@ -30,13 +38,12 @@ def shrinkage(
     residual bounds ν: at most, all of it comes from G_p.
     """
     if X.system.relative_residual <= rounding: return 0.0
-    U, s, _ = torch.linalg.svd(G_p, full_matrices=False)
-    ν2 = X.noise ** 2 * X.X.shape[1] / X.X.square().sum()
-    φ = G_p.shape[1] * ν2 / s.square()
+    ν2 = (X.noise / X.S).square() * X.X.shape[1] / X.X.square().sum()   # over s_i²
+    φ = len(X.U) * ν2
     if φ.max() >= 1: return math.inf
-    return ((φ / (1 - φ))[:, None] * (U.mT @ X.X)).square().mean().sqrt().item()
+    return ((φ / (1 - φ))[:, None] * (X.Vt[:len(φ)] @ X.X)).square().mean().sqrt().item()
 
-# %% ../nbs/20_patch.ipynb #42165e0d
+# %% ../nbs/20_patch.ipynb #271522fb
 def patch_leakage(
     model: nn.Module,  # the server's model, of any architecture that has a view
     update: Update,    # what the client sent
@@ -53,10 +60,9 @@ def patch_leakage(
         If the gradient of the position embedding or of the patch embedding is not in the update.
     """
     v = view(model)
-    G_p = position_gradient(v, update)[-v.patches:]
-    X = solve(G_p.mT, v.gradient(update, v.patch_weight), "patch_embedding", update.dtype)
+    X, _ = embedding_system(v, update)
     rounding = CONTRADICTION * min(torch.finfo(t).eps for t in (update.dtype, torch.float32))
-    error = math.hypot(standard_error(X), shrinkage(G_p, X, rounding))
+    error = math.hypot(standard_error(X), shrinkage(X, rounding))
     verdict, reason = judge((X.system,), error, update)
     images = from_patches(X.X[None], v.patch, *v.image_shape[1:])
     return Reconstruction(images, (X.system,), error, verdict, reason)
