@@ -330,7 +330,7 @@ def time_bought(report):
     left = [a["name"] for a in report["attacks"] if not a["ended"]]
     line = f"budget: {report['budget']:g} s for all searches, here {steps} steps of them"
     if left: line += f"; {', '.join(left)} did not end"
-    if report["needs"]: line += f"; about {report['needs']:.0f} s more would end what decides a cure (--budget)"
+    if report["needs"]: line += f"; about {report['needs']:.0f} s more would end those that decide a cure (--budget)"
     return line
 
 def promise(cure):
@@ -400,10 +400,10 @@ def next_round(case, images, labels, budget, name, watch):
         with torch.no_grad(): head.zero_()
 
 def time_needed(case, attacks, cures):
-    """Seconds that the unfinished searches would take, on this update and on the cures that nothing has failed."""
+    """Seconds that unfinished searches would take, where no attack has a picture yet."""
     per_step = {f.name: f.seconds / f.steps for f in attacks if f.steps > 1}
-    decides = [f for c in cures if c.worst < STOPPED for f in c.findings]
-    left = [f for f in (*attacks, *decides) if not f.ended]
+    left = [f for tried in (attacks, *(c.findings for c in cures)) if max(f.leak for f in tried) < STOPPED
+            for f in tried if not f.ended]
     return sum((case.steps - f.steps) * per_step.get(f.name, STEP * case.seconds) for f in left)
 
 STEP = 4   # gradients that a step of a search takes the time of
@@ -444,7 +444,7 @@ def audit(
     for check in checks:
         if not check.ok: raise NotApplicable(f"the view of {name} does not explain it: {check.reason}")
     normalisation = normalisation or normalisation_of(model)
-    if images is not None: check_pixels(images, v.image_shape)
+    if images is not None: check_pixels(images, v.image_shape[0])
     like = next(model.parameters())
     truth = None if images is None else normalisation(images.to(like.device))
     guess = like.new_zeros(1, *v.image_shape) if truth is None else truth.to(like.dtype)
