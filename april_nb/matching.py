@@ -270,8 +270,9 @@ class Matcher:
                              "for equally many examples")
         model = unwrap(model)
         check_weights(model)
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
         self.examples, self.view = first.examples, view(model)
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        for module in self.model.modules(): module._backward_hooks.clear()   # where Opacus would wait for activations
         self.modules, self.records = dict(self.model.named_modules()), {}
         self._hook()
         like = next(self.model.parameters())

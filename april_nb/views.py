@@ -422,8 +422,9 @@ def assembled(model, *, embedding, positions, prefix, block, blocks, norm, atten
     else: patch = square(W_p.shape[1] // channels) or 0
     counts = {n: rows(n) for n in prefix}
     if side is None and positions:
-        across = square(rows(positions) - sum(counts.values())) or square(rows(positions))
-        side = None if across is None else (across * patch,) * 2
+        placed = [sum(list(counts.values())[:i]) for i in range(len(counts), -1, -1)]   # tokens that may have a position
+        across = next(filter(None, (square(rows(positions) - n) for n in placed)), None)
+        side = across and (across * patch,) * 2
     if side is None: raise NotApplicable("this model does not say how large its images are: give image_size")
     P = (side[0] // max(patch, 1)) * (side[1] // max(patch, 1))
     bare = bare_tokens(counts, sum(counts.values()) + P - rows(positions)) if positions and not lacks else ()
