@@ -135,8 +135,8 @@ def fit(
         If one side is more than 32 times the other, or pixels are floating-point numbers.
     """
     width, height = image.size
-    require([(max(width, height) <= STRIP * min(width, height),
-              f"an image of {width} × {height} pixels is a strip: cut out a part whose sides differ {STRIP}-fold at most"),
+    require([(max(width, height) <= STRIP * min(width, height), f"an image of {width} × {height} pixels is a strip: cut "
+                                                                f"out a part whose sides differ {STRIP}-fold at most"),
              (image.mode != "F", "its pixels are floating-point numbers, of which no file says what is white: save it "
                                  "with 8 or 16 bits")], InvalidImage)
     image = ImageOps.exif_transpose(image)

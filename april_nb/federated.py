@@ -8,7 +8,6 @@ __all__ = ['WRAPPERS', 'AprilError', 'InvalidUpdate', 'MissingGradient', 'Invali
 
 # %% ../nbs/01_federated.ipynb #eefac3ed
 #| code-fold: true
-import math
 import os
 import re
 import reprlib
@@ -74,7 +73,8 @@ def plain(names):
     """Plain names, in order; two that become one are refused."""
     found = tuple(map(plain_name, names))
     twice = [n for n, count in Counter(found).items() if count > 1]
-    require([(not twice, f"two entries are named {twice and twice[0]!r} once wrappers' prefixes are off: send one of them")])
+    require([(not twice, f"two entries are named {twice and twice[0]!r} once wrappers' prefixes are off: "
+                         "send one of them")])
     return found
 
 # %% ../nbs/01_federated.ipynb #f4e74453
@@ -97,7 +97,7 @@ def about_counts(examples, local_steps, lr):
         yield whole and n >= 1, (f"an update needs at least one example and one step, in whole numbers: "
                                  f"{name} is {brief(n)}")
         yield n <= MOST, f"{name} is {brief(n)}: no more than {MOST} are believed; correct the count"
-    positive = isinstance(lr, Real) and not isinstance(lr, bool) and 0 < lr < math.inf
+    positive = isinstance(lr, Real) and not isinstance(lr, bool) and 0 < lr <= 1e300
     yield lr is None or positive, f"lr is {brief(lr)}: give the client's learning rate, a positive number"
 
 def about_words(what, words):
@@ -110,7 +110,7 @@ def about_words(what, words):
 
 def refuse(gradients, withheld, defenses, *counts):
     """One line for what no update may hold."""
-    require([(isinstance(gradients, Mapping), f"gradients are {brief(gradients)}: give a dict of tensors by parameter name"),
+    require([(isinstance(gradients, Mapping), f"gradients are {brief(gradients)}: give a dict of tensors by name"),
              (gradients, "the update holds no gradient at all")])
     for what, words in [("the names of gradients", list(gradients)), ("withheld", withheld), ("defenses", defenses)]:
         require(about_words(what, words))
@@ -246,7 +246,8 @@ class Update:
         """
         if isinstance(source, nn.Module):
             source = {n: p.grad for n, p in source.named_parameters() if p.requires_grad}
-        require([(isinstance(source, Mapping), f"gradients are {brief(source)}: give a module or a dict of tensors by name")])
+        require([(isinstance(source, Mapping), f"gradients are {brief(source)}: give a module or a dict of tensors "
+                                               "by name")])
         require(about_words("the names of gradients", list(source)))
         require(about_words("withheld", withheld))
         absent = [n for n, g in source.items() if g is None]
@@ -288,8 +289,8 @@ def generator_of(
     AprilError
         If the seed is no whole number, negative, or longer than 64 bits.
     """
-    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
-    require([(whole and 0 <= seed < 2 ** 64, f"a seed is a whole number from 0 to 2⁶⁴ − 1, not {brief(seed)}")], AprilError)
+    right = isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= seed < 2 ** 64
+    require([(right, f"a seed is a whole number from 0 to 2⁶⁴ − 1, not {brief(seed)}")], AprilError)
     high, low = divmod(int(seed), 2 ** 32)
     folded = (low + offset) % 2 ** 32 ^ high * 0x9E3779B1 % 2 ** 32   # odd, near 2³² over the golden ratio (Knuth)
     return torch.Generator(device).manual_seed(folded)
@@ -385,7 +386,8 @@ def client_update(
     require([(not images.isnan().any(), "images have NaN pixels: look where they come from")], InvalidImage)
     require(about_labels(labels, images), AprilError)
     require(about_counts(len(images), local_steps, lr))
-    start, kept_back = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, set(map(plain_name, withheld))
+    kept_back = set(map(plain_name, withheld))
+    start = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     if unknown := kept_back - set(map(plain_name, start)):
         raise AprilError(f"cannot withhold {sorted(unknown)}: no such parameter")
     w = start

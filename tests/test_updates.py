@@ -197,7 +197,7 @@ def test_what_differs_is_not_equal():
     (dict(examples=-1), "examples"), (dict(examples=1.5), "examples"), (dict(examples=True), "examples"), (dict(examples="3"), "examples"),
     (dict(examples=None), "examples"), (dict(local_steps=10**12), "local_steps"), (dict(local_steps=0), "local_steps"),
     (dict(local_steps=2.0), "local_steps"), (dict(lr=torch.nan), "lr"), (dict(lr=torch.inf), "lr"), (dict(lr=0), "lr"), (dict(lr=-0.1), "lr"),
-    (dict(lr=True), "lr"), (dict(lr="0.1"), "lr"), (dict(withheld="bias"), "tuple"), (dict(withheld=(1,)), "tuple"),
+    (dict(lr=10**400), "lr"), (dict(lr=True), "lr"), (dict(lr="0.1"), "lr"), (dict(withheld="bias"), "tuple"), (dict(withheld=(1,)), "tuple"),
     (dict(withheld=("\x1b[2J",)), "control"), (dict(withheld=("a\nb",)), "control"), (dict(defenses=("x" * 10**7,)), "million"),
     (dict(withheld=("b", "module.b")), "two entries"), (dict(defenses=5), "tuple")])
 def test_counts_and_names_that_no_client_wrote_are_refused(counts, word):
