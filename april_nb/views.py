@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'UNSERVED', 'FAMILIES', 'REST', 'LACKS', 'NAMES', 'ATTENTION', 'CHECKED', 'NotApplicable', 'matrix',
-           'View', 'unwrap', 'servable', 'check_weights', 'own_view', 'Check', 'named_parts', 'check_view', 'proved',
-           'view', 'register_view']
+           'View', 'unwrap', 'servable', 'check_weights', 'own_view', 'Check', 'named_parts', 'check_view', 'view',
+           'register_view']
 
 # %% ../nbs/03_views.ipynb #5391e9a4
 #| code-fold: true
@@ -522,7 +522,7 @@ def named_parts(
 
 def check_view(
     model: nn.Module,  # wrapped or not
-) -> tuple[Check, ...]:
+) -> tuple[Check, ...]:  # one for each claim
     """Holds the names of a model's parts against one forward pass: the stream, the first q, k, v, the classifier.
 
     Raises
@@ -535,6 +535,7 @@ def check_view(
     model = unwrap(model)
     return checks(model, named_parts(model))
 
+# %% ../nbs/03_views.ipynb #e1df847c
 def proved(v, found, registered):
     """A view without the claims that failed."""
     failed = {check.name: check for check in found if not check.ok}
@@ -547,6 +548,7 @@ def proved(v, found, registered):
     why = f"{v.head_weight!r} does not give this model's scores, so that no label can be read off its gradient"
     return replace(v, head_weight=None, head_bias=None, no_classifier=why)
 
+# %% ../nbs/03_views.ipynb #923b8487
 def view(
     model: nn.Module,  # of a known family, wrapped or not
 ) -> View:             # its parts by name
