@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .certificate import CONTRADICTION, Reconstruction, Solution, judge, solve, standard_error, unit
+from .certificate import CONTRADICTION, EXACT, Reconstruction, Solution, judge, solve, standard_error, unit
 from .federated import Update
 from .position import position_gradient
 from .views import View, view
@@ -71,19 +71,25 @@ def patch_leakage(
 def ridge(
     solved: Solution,  # of A X = B by least squares
     B: Tensor,         # its right-hand side, shape (m, k)
-) -> Tensor:           # X, shape (n, k)
-    """Ridge regression of A X = B, the weight of the penalty from generalised cross-validation."""
-    if not solved.system.rank: return solved.X
+) -> tuple[Tensor, float]:  # X, shape (n, k), and its foretold root mean square error
+    """Ridge regression of A X = B for entries of size one, the penalty's weight from generalised cross-validation.
+
+    The foretold error is that of Bayes' rule under the prior that the penalty stands for: a direction of
+    singular value s keeps the share λ / (s² + λ) of its variance, one that A does not have keeps all of it.
+    """
+    if not solved.system.rank: return solved.X, 1.0
     s, b = unit(solved.S), unit(B)
     S, B = solved.S / s, B / b
-    c, best = solved.U.mT @ B, (math.inf, S)
+    c, best = solved.U.mT @ B, (math.inf, S, S)
     outside = max(B.norm().item() ** 2 - c.norm().item() ** 2, 0.0)
     for λ in S[0] ** 2 * torch.logspace(-16, 0, 65, dtype=S.dtype, device=S.device):
         shrink = λ / (S ** 2 + λ)
         residual = outside + (shrink[:, None] * c).norm().item() ** 2
         score = residual / (len(solved.U) - len(S) + shrink.sum().item()) ** 2
-        if score < best[0]: best = score, S / (S ** 2 + λ)
-    return solved.Vt[:len(S)].mT @ (best[1][:, None] * c) * (b / s)
+        if score < best[0]: best = score, S / (S ** 2 + λ), shrink
+    (_, gain, left), n = best, len(solved.Vt)
+    error = ((left.sum().item() + n - len(S)) / n) ** 0.5
+    return solved.Vt[:len(S)].mT @ (gain[:, None] * c) * (b / s), error
 
 # %% ../nbs/20_patch.ipynb #8d63e837
 def ridge_leakage(
@@ -99,7 +105,8 @@ def ridge_leakage(
     """
     v = view(model)
     solved, grad = embedding_system(v, update)
-    verdict, reason = judge((solved.system,), 0.0, update)
-    if verdict == "exact": verdict, reason = "approximate", "ridge regression, which foretells no error"
-    images = from_patches(ridge(solved, grad)[None], v.patch, *v.image_shape[1:])
-    return Reconstruction(images, (solved.system,), math.inf, verdict, reason)
+    X, error = ridge(solved, grad)
+    verdict, reason = judge((solved.system,), max(error, EXACT), update)
+    if verdict == "approximate": reason = f"foretold error {error:.1e} if pixels are of size one"
+    images = from_patches(X[None], v.patch, *v.image_shape[1:])
+    return Reconstruction(images, (solved.system,), error, verdict, reason)
