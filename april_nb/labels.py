@@ -62,7 +62,7 @@ def certain_counts(
     if view.head_bias not in update.gradients:
         return torch.zeros(len(view.weights[view.classifier]), dtype=torch.long)
     ε = torch.finfo(update.dtype).eps
-    least = -update.examples * view.gradient(update, view.head_bias) * (1 - 8 * ε)
+    least = -update.examples * view.gradient(update, view.head_bias) / view.share * (1 - 8 * ε)
     return least.ceil().clamp_min(0).long()
 
 # %% ../nbs/12_labels.ipynb #22fc484b
@@ -117,12 +117,12 @@ def restore_labels(
     """
     v, B = view(model), update.examples
     if B == 1: return idlg(v, update)
-    W, grad_W = v.weight(v.classifier), v.gradient(update, v.classifier)
+    W, grad_W = v.weight(v.classifier), v.gradient(update, v.classifier) / v.share
     if not grad_W.any(): raise NotRecoverable("the classifier's gradient is zero: it saw no label")
     b = 0 if v.head_bias is None else v.weight(v.head_bias)
     p, h = public_outlook(model, seed=seed)
     has_bias = v.head_bias in update.gradients
-    grad_b = v.gradient(update, v.head_bias) if has_bias else grad_W @ h.mean(0) / h.mean(0).square().sum()
+    grad_b = v.gradient(update, v.head_bias) / v.share if has_bias else grad_W @ h.mean(0) / h.mean(0).square().sum()
     least = certain_counts(v, update).to(W.device)
     if least.sum() > B: least.zero_()
 

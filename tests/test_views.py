@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,20 @@ def test_labels_are_restored_through_any_view(model):
     assert idlg(view(model), update).tolist() == [7]
     pair = client_update(model, picture(model, 2), torch.tensor([2, 7]))
     assert len(restore_labels(model, pair)) == 2
+
+
+@pytest.mark.parametrize("Model", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
+def test_two_classifiers_count_a_batch_s_labels_as_well_as_one(Model):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hugging_face_vit(Model).double()
+    assert len(view(model).classifiers) == (2 if "Teacher" in Model.__name__ else 1)
+    right, g = 0, torch.Generator().manual_seed(0)
+    for _ in range(10):
+        y = torch.randint(10, (8,), generator=g)
+        update = client_update(model, torch.randn(8, 3, 32, 32, generator=g).double(), y)
+        right += sum((Counter(restore_labels(model, update).tolist()) & Counter(y.tolist())).values())
+    assert right == 80
 
 
 def test_matching_engine_equals_the_plain_step_on_any_model(model):
