@@ -10,7 +10,9 @@ import torch
 from april_nb.closed_form import closed_form
 from april_nb.experiments import group, read_rows, select, values
 from april_nb.federated import client_update
-from april_nb.vit import to_patches, vit
+from april_nb.metrics import psnr
+from april_nb.subspace import subspace_leakage
+from april_nb.vit import from_patches, to_patches, vit
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = lambda experiment: read_rows(ROOT / "results" / f"{experiment}.csv")
@@ -103,3 +105,32 @@ def test_chapter_16_counts_attacks_where_it_counted_images():
         attacks[batch] = len(some) // batch
     assert attacks == {2: 4, 4: 2, 8: 1}
     assert "a line of the table is four attacks, two, or a single one" in prose("16_batches")
+
+
+def test_without_positions_every_order_of_the_patches_has_the_same_update():
+    model = vit("vit_cifar", "B", positions="none").double()
+    g = torch.Generator().manual_seed(0)
+    X = to_patches(torch.randn(1, 3, 32, 32, dtype=torch.double, generator=g), 8)
+    shuffled = X[:, torch.randperm(16, generator=g)]
+    assert not torch.equal(X, shuffled)
+    a, b = (client_update(model, from_patches(p, 8, 32, 32), torch.tensor([3])).gradients for p in (X, shuffled))
+    assert a.keys() == b.keys() and "positions" not in a
+    for name in a: torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-12)
+
+
+def read_after_a_step_at_home(init):
+    """PSNR of Theorem 4 with the first table, after one step of Adam (η = 0.001) by which the client moved its own."""
+    first, client = vit("vit_cifar", "B", init), vit("vit_cifar", "B", init)
+    x, y = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3])
+    step = torch.optim.Adam([client.positions], lr=1e-3)
+    client.positions.grad = client_update(client, x, y)["positions"]
+    step.step()
+    answer = subspace_leakage(first, client_update(client, x, y, withheld=("positions",)))
+    return psnr(answer.images, x.double()).item()
+
+
+def test_how_secret_a_table_trained_at_home_is_depends_on_how_large_it_was():
+    assert read_after_a_step_at_home("torch") > 20 + read_after_a_step_at_home("timm")
+    text = prose("19_positions")
+    assert "updating $\\nabla E_{pos}$ only on local client without transmission" in text
+    assert "must have been of the third kind" not in text
