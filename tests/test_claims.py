@@ -1,0 +1,136 @@
+"""Sentences of the book that were once wrong, held to the rows and to the mathematics that they speak of."""
+import csv
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from april_nb.closed_form import closed_form
+from april_nb.experiments import group, read_rows, select, values
+from april_nb.federated import client_update
+from april_nb.metrics import psnr
+from april_nb.subspace import subspace_leakage
+from april_nb.vit import from_patches, to_patches, vit
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = lambda experiment: read_rows(ROOT / "results" / f"{experiment}.csv")
+
+
+def prose(chapter):
+    """A chapter's text on one line."""
+    cells = nbformat.read(ROOT / "nbs" / f"{chapter}.ipynb", 4).cells
+    return " ".join(" ".join(c.source for c in cells if c.cell_type == "markdown").split())
+
+
+@pytest.mark.parametrize("dtype, db, sentence", [
+    ("bfloat16", 30, "bfloat16, with its 8 bits of precision, still returns {good} of {n} pictures at 30 dB or more"),
+    ("bfloat16", 30, "The {short} that bfloat16 spoils go down to {lowest:.0f} dB"),
+    ("float16", 50, "float16 {good} of {n} at 50 or more, and none below {lowest:.0f}")])
+def test_chapter_11_counts_the_pictures_that_half_precision_spoils(dtype, db, sentence):
+    some = [r for r in ROWS("closed_form") if r["config"] == "init=torch" and r["dtype"] == dtype
+            and r["dataset"] in ("mnist", "cifar10")]
+    p = values(some, "psnr")
+    short = int((p < db).sum())
+    assert sentence.format(good=len(p) - short, n=len(p), short=short, lowest=p.min().item() // 1) in prose("11_when_it_works")
+
+
+def test_the_certificate_refuses_exactly_the_pictures_that_bfloat16_spoils():
+    some = [r for r in ROWS("closed_form") if r["config"] == "init=torch" and r["dtype"] == "bfloat16"
+            and r["dataset"] in ("mnist", "cifar10")]
+    spoilt = {(r["dataset"], r["image_id"]) for r in some if r["psnr"] < 30}
+    assert spoilt == {(r["dataset"], r["image_id"]) for r in some if r["verdict"] == "not-unique"} and len(spoilt) == 27
+    assert "it refuses each of the 27, and no other" in prose("11_when_it_works")
+
+
+def test_chapter_11_counts_false_alarms():
+    some = select(ROWS("closed_form"), dataset="mnist", config="init=timm", dtype="float32")
+    alarms = [r for r in some if r["verdict"] == "not-unique" and r["psnr"] >= 25]
+    assert f"{len(alarms)} of {len(some)} digits sent in float32" in prose("11_when_it_works")
+
+
+def test_chapter_11_leaves_no_answer_out_silently():
+    text = (ROOT / "nbs" / "11_when_it_works.ipynb").read_text()
+    foretold, = re.findall(r'"(\d+) attacks: true minus foretold', text)
+    left_out, all_of_them = re.findall(r"(\d+) of (\d+) answers have no foretold error", text)[-1]
+    assert int(foretold) + int(left_out) == int(all_of_them)
+
+
+def batch_answer(width, patch=8):
+    """What Algorithm 1 returns for a batch of two, and the matrix average of the two images' patches."""
+    model = vit("vit_cifar", "A", width=width, patch=patch).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1])
+    G = torch.stack([client_update(model, a[None], b[None])["positions"][1:] for a, b in zip(x, y)])
+    M = torch.linalg.pinv(G.mean(0).mT) @ G.mT / 2
+    returned = to_patches(closed_form(model, client_update(model, x, y)).images, patch)[0]
+    return returned, (M @ to_patches(x, patch)).sum(0), model.patch.weight.detach()
+
+
+def test_a_batch_comes_back_as_a_matrix_average_only_if_the_patch_embedding_has_full_rank():
+    returned, average, W = batch_answer(384)
+    torch.testing.assert_close(returned, average, rtol=1e-6, atol=1e-6)
+    returned, average, W = batch_answer(128)   # C < D = 192
+    assert (returned - average).norm() > 0.1 * average.norm()
+    torch.testing.assert_close(returned, average @ torch.linalg.pinv(W) @ W, rtol=1e-6, atol=1e-6)
+
+
+def test_the_images_of_the_experiments_have_official_indices():
+    named = {d: list(csv.DictReader(open(ROOT / "results" / "images" / f"{d}.csv"))) for d in ("mnist", "cifar10", "imagenet")}
+    ids = {d: {int(r["image_id"]) for r in rows} for d, rows in named.items()}
+    for path in (ROOT / "results").glob("*.csv"):
+        for row in read_rows(path):
+            if "image_id" in row and row["dataset"] in ids: assert row["image_id"] in ids[row["dataset"]], (path.name, row)
+    for d, rows in named.items():
+        assert len(rows) == len(ids[d]) == len({r["official"] for r in rows}) == len({r["sha256"] for r in rows}) == 500
+    assert all(r["image_id"] == r["official"] for r in named["mnist"])
+    for some in group(named["cifar10"], "label").values():   # the first fifty of each class, in the test set's order
+        assert len(some) == 50 and [int(r["official"]) for r in some] == sorted(int(r["official"]) for r in some)
+
+
+def test_chapter_15_says_that_april_had_one_rate():
+    rates = {m: {re.search(r"\blr=(\S+)", r["config"])[1] for r in select(ROWS("tuning"), arch="B", method=m)}
+             for m in ("dlg", "ig", "tag", "april")}
+    assert len(rates["april"]) == 1 < min(len(rates[m]) for m in ("dlg", "ig", "tag"))
+    text = prose("15_table1")
+    assert "APRIL had one rate" in text and "All four were tuned" not in text
+
+
+def test_chapter_16_counts_attacks_where_it_counted_images():
+    attacks = {}
+    for (config, labels), some in group(ROWS("fig4"), "config", "labels").items():
+        batch = int(re.search(r"batch=(\d+)", config)[1])
+        assert len({r["loss"] for r in some}) == len(some) // batch
+        attacks[batch] = len(some) // batch
+    assert attacks == {2: 4, 4: 2, 8: 1}
+    assert "a line of the table is four attacks, two, or a single one" in prose("16_batches")
+
+
+def test_without_positions_every_order_of_the_patches_has_the_same_update():
+    model = vit("vit_cifar", "B", positions="none").double()
+    g = torch.Generator().manual_seed(0)
+    X = to_patches(torch.randn(1, 3, 32, 32, dtype=torch.double, generator=g), 8)
+    shuffled = X[:, torch.randperm(16, generator=g)]
+    assert not torch.equal(X, shuffled)
+    a, b = (client_update(model, from_patches(p, 8, 32, 32), torch.tensor([3])).gradients for p in (X, shuffled))
+    assert a.keys() == b.keys() and "positions" not in a
+    for name in a: torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-12)
+
+
+def read_after_a_step_at_home(init):
+    """PSNR of Theorem 4 with the first table, after one step of Adam (η = 0.001) by which the client moved its own."""
+    first, client = vit("vit_cifar", "B", init), vit("vit_cifar", "B", init)
+    x, y = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3])
+    step = torch.optim.Adam([client.positions], lr=1e-3)
+    client.positions.grad = client_update(client, x, y)["positions"]
+    step.step()
+    answer = subspace_leakage(first, client_update(client, x, y, withheld=("positions",)))
+    return psnr(answer.images, x.double()).item()
+
+
+def test_how_secret_a_table_trained_at_home_is_depends_on_how_large_it_was():
+    assert read_after_a_step_at_home("torch") > 20 + read_after_a_step_at_home("timm")
+    text = prose("19_positions")
+    assert "updating $\\nabla E_{pos}$ only on local client without transmission" in text
+    assert "must have been of the third kind" not in text
