@@ -110,13 +110,13 @@ def rehearse(
     model: nn.Module,        # the server's model
     images: int,             # B
     seed: int = 0,           # of the noise
-) -> tuple[Tensor, Update]:  # images, shape (B, channels, H, W), and their update, in float64
+) -> tuple[Tensor, Update]:  # images, shape (B + 1, channels, H, W); the update of all but the last, in float64
     """A round that the attacker plays with herself: what would a client send of so many images of noise?"""
     v = view(model)
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(images, *v.image_shape, generator=g, dtype=torch.double)
+    x = torch.randn(images + 1, *v.image_shape, generator=g, dtype=torch.double)
     y = torch.arange(images) % len(v.weights[v.classifier])
-    return x, client_update(copy.deepcopy(model).double().eval(), x, y)
+    return x, client_update(copy.deepcopy(model).double().eval(), x[:-1], y)
 
 # %% ../nbs/23_spans.ipynb #fe96dde8
 def input_spans(
@@ -125,8 +125,8 @@ def input_spans(
 ) -> list[Span]:       # of the layers behind the first attention's input, in the order of execution
     """The spans of all layers whose gradient holds them, and for which tokens it does.
 
-    Which layers those are a rehearsal says: M is the rank of the layer's gradient there, and a token's inputs
-    must lie in its row space. M must leave room, M < C and M < C_out.
+    Which layers those are a rehearsal says: M is the rank of the layer's gradient there, less than C and C'; a
+    token's inputs must lie in its row space, and those of an image that was not in the round must not.
     """
     v, (x, own) = view(model), rehearse(model, update.examples)
     listener, spans = Listener(model, update.gradients), []
@@ -136,7 +136,8 @@ def input_spans(
         _, S, Vt = torch.linalg.svd(stacked(own), full_matrices=False)
         M = int((S > rank_tolerance(stacked(own), torch.float64)).sum())
         outside = heard.a - heard.a @ Vt[:M].mT @ Vt[:M]
-        rows = (outside.norm(dim=-1) < 1e-6 * heard.a.norm(dim=-1)).all(0).nonzero()[:, 0]
+        inside = outside.norm(dim=-1) < 1e-6 * heard.a.norm(dim=-1)
+        rows = (inside[:-1].all(0) & ~inside[-1]).nonzero()[:, 0]
         if M >= len(S) or not len(rows): continue
         grad = evened(stacked(update), M)
         space = row_space(grad, M, update.dtype, heard.names[0])
@@ -158,19 +159,16 @@ class Suspect:
         self.family, self.spans = family(self.view, update), input_spans(model, update)
         self.listeners = {t: Listener(model, update.gradients, t) for t in (torch.float64, torch.float32)}
         normed = [i for i, span in enumerate(self.spans) if span.normed] or [0]
-        first = normed[0]   # the first layer that reads a layer norm behind the attention
-        self.shallow, self.two = self.spans[first:first + 1], self.spans[first:first + 2]
-        self.deep = self.spans[:6]
+        behind = self.spans[normed[0]:]   # from the first layer on that reads a layer norm behind the attention
+        counts = torch.tensor([len(span.rows) * span.rest.shape[1] for span in behind]).cumsum(0).tolist()
+        least = next((i for i, count in enumerate(counts, 1) if count >= math.prod(self.shape)), len(behind))
+        self.shallow, self.wider = behind[:least], behind[:least + 1]
+        self.deep, self.equations = self.spans[:max(6, normed[0] + least + 1)], (counts or [0])[-1]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the coordinates c: (k, P)."""
         return self.family.Q.shape[1], self.family.h.shape[1]
-
-    @property
-    def equations(self) -> int:
-        """How many numbers the two shallowest layers compare with zero."""
-        return sum(len(span.rows) * span.rest.shape[1] for span in self.two)
 
     def draw(
         self,
@@ -266,13 +264,13 @@ def search(
     steps: int,                   # at most, for each stage
     told: Callable[[Tensor, float], bool],  # of coordinates and residual at every step; False ends it
 ) -> tuple[Tensor, float]:        # coordinates, shape (k, P), and their fit
-    """One image from one first guess: the shallowest layer until it stands, then two."""
+    """One image from one first guess: the shallowest layers until it stands, then one more."""
     c = suspect.draw(generator)
-    for spans in (suspect.shallow, suspect.two):
+    for spans in (suspect.shallow, suspect.wider):
         units = suspect.units(suspect.image(c), spans)
         c, *_ = descend(lambda c: suspect.residual(c, spans, units), c, steps, told)
-    units = suspect.units(suspect.image(c), suspect.two)
-    return c, suspect.residual(c, suspect.two, units).square().mean().sqrt().item()
+    units = suspect.units(suspect.image(c), suspect.wider)
+    return c, suspect.residual(c, suspect.wider, units).square().mean().sqrt().item()
 
 # %% ../nbs/23_spans.ipynb #1b14235b
 def share(
@@ -296,7 +294,7 @@ def without(
     return replace(update, gradients=left, examples=max(update.examples - 1, 1))
 
 # %% ../nbs/23_spans.ipynb #3396a8cf
-FALLEN = 1e-3   # what the right label leaves of a share outside the smaller rank, or a tenth of the next best
+FALLEN = 0.1   # singular values below it have fallen, where all were one before
 
 def label_of(
     suspect: Suspect,       # of what is left of the update
@@ -306,17 +304,20 @@ def label_of(
     whole: Update,          # the client's
     classes: Sequence[int], # candidates, the likeliest first
 ) -> int | None:            # its class; None if the image is none of the batch
-    """The class for which taking off ∇l(x, y) / B makes the rank of a layer's gradient fall by x's tokens."""
-    span, outside = suspect.shallow[0], {}
+    """The class for which taking off ∇l(x, y) / B makes the rank of a layer's gradient fall by x's tokens.
+
+    Tokens on the right are turned and scaled so that the gradient's M singular values are one, or the smallest of
+    them would hide that a rank has not fallen.
+    """
+    span = suspect.shallow[0]
     stacked = lambda of: torch.cat([suspect.view.gradient(of, n) for n in span.names])
-    fewer = max(span.rank - len(span.rows), 0)
+    _, S, Vt = torch.linalg.svd(stacked(update), full_matrices=False)
+    ones = Vt[:span.rank].mT / S[:span.rank]
     for label in classes:
         part = share(model, whole, image, label)
-        own = torch.cat([part[n] for n in span.names])
-        outside[label] = (torch.linalg.svdvals(stacked(update) - own)[fewer:].norm() / own.norm()).item()
-        if outside[label] < FALLEN: return label
-    best, *others = sorted(outside, key=outside.get)
-    return best if others and outside[best] < 0.1 * outside[others[0]] else None
+        left = torch.linalg.svdvals((stacked(update) - torch.cat([part[n] for n in span.names])) @ ones)
+        if left[-len(span.rows):].square().mean().sqrt() < FALLEN: return label
+    return None
 
 # %% ../nbs/23_spans.ipynb #74487935
 @dataclass(frozen=True)
@@ -483,7 +484,8 @@ def conclude(
     elif len(finds) < B:
         verdict = "not-converged"
         reason = f"{len(finds)} of {B} images found; more time or other first guesses go on from here"
-    elif left > explained: reason = f"the images leave {left:.0e} of the update unexplained, rounding {explained:.0e}"
+    elif left > explained: 
+        reason = f"foretold error {error:.1e}; the images leave {left:.0e} of the update unexplained, more than rounding"
     elif not error < EXACT: reason = f"foretold error {error:.1e} of a pixel's standard deviation"
     else: verdict, reason = "exact", f"foretold error {error:.1e}; {left:.0e} of the update is left unexplained"
     labels = torch.tensor([find.label for find in finds], dtype=torch.long)
