@@ -17,7 +17,7 @@ from april_nb.closed_form import closed_form
 from april_nb.defenses import gaussian, laplace, noise_generator
 from april_nb.experiments import group, read_rows, values
 from april_nb.federated import MissingGradient, Update, client_update
-from april_nb.patch import patch_leakage
+from april_nb.patch import patch_leakage, ridge_leakage
 from april_nb.vit import ViT, from_patches, init_torch, to_patches, vit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +207,43 @@ def test_factors_of_their_own_change_the_contrast_and_the_bias_knows_them():
     update = replace(update, gradients={n: scale.get(n, 1) * g for n, g in update.gradients.items()})
     assert rms(patch_leakage(model, update).images, 1.5 * images) < 1e-6
     torch.testing.assert_close(update["patch.bias"], 1.5 * update["positions"][1:].sum(0))
+
+
+@given(st.integers(0, 10**6))
+def test_ridge_regression_equals_least_squares_without_noise(seed):
+    model = drawn("B", 24, seed)
+    images, labels = batch(model, 1, seed)
+    assert rms(ridge_leakage(model, client_update(model, images, labels)).images, images) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ridge_regression_does_not_divide_by_what_noise_put_into_an_open_direction(seed):
+    model = drawn("B", 16, seed)   # rank 15 of 16, before the noise
+    images, labels = batch(model, 1, seed)
+    noisy = gaussian(client_update(model, images, labels), 1e-4, noise_generator(seed), "rms")
+    assert patch_leakage(model, noisy).systems[0].rank == 16
+    assert 2 * rms(ridge_leakage(model, noisy).images, images) < rms(patch_leakage(model, noisy).images, images)
+
+
+def test_ridge_regression_never_calls_its_answer_exact_and_knows_when_nothing_was_sent():
+    model = drawn("B", 24)
+    update = client_update(model, *batch(model))
+    answer = ridge_leakage(model, update)
+    assert answer.verdict == "approximate" and answer.error == math.inf and answer.systems == patch_leakage(model, update).systems
+    assert ridge_leakage(model, replace(update, examples=2)).verdict == "not-unique"
+    nn.init.zeros_(model.head.weight)
+    zero = ridge_leakage(model, client_update(model, *batch(model)))
+    assert zero.verdict == "nothing-leaks" and not zero.images.any()
+
+
+@pytest.mark.parametrize("width", [24, 12])
+@pytest.mark.parametrize("attack", [patch_leakage, ridge_leakage])
+def test_the_system_is_decomposed_once(attack, width, monkeypatch):
+    model = drawn("B", width)
+    update, calls, svd = gaussian(client_update(model, *batch(model)), 1e-3, noise_generator(0), "rms"), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda A, **options: calls.append(A) or svd(A, **options))
+    attack(model, update)
+    assert len(calls) == 1
 
 
 def report(*args):

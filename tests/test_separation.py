@@ -1,5 +1,7 @@
 """Batches in the span of their patches: what linear algebra leaves open, and how a search tells images apart."""
 import copy
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +11,12 @@ from hypothesis import strategies as st
 
 from april_nb.federated import AprilError, MissingGradient, client_update
 from april_nb.metrics import best_assignment
-from april_nb.optimization import RESTART
+from april_nb import optimization
+from april_nb.optimization import LBFGS, RESTART, Settings, match
 from april_nb.separation import family, separate
 from april_nb.subspace import equations, refine
 from april_nb.views import view
-from april_nb.vit import ViT, init_torch, to_patches
+from april_nb.vit import ViT, init_torch, to_patches, vit
 
 
 def small(arch="B", width=32, seed=0):
@@ -105,6 +108,59 @@ def test_the_server_keeps_its_model(search):
     search(model, [batch(model, [1])[1]], 2)
     assert all(p.requires_grad for p in model.parameters()) and next(model.parameters()).dtype == torch.double
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+
+SEARCHES = {"match": lambda model, u, **options: match(model, [u], Settings(5), torch.tensor([[1]]), **options)[0],
+            "refine": lambda model, u, **options: refine(model, [u], 5, **options)[0],
+            "separate": lambda model, u, **options: separate(model, [u], 5, **options)[0]}
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES.keys())
+def test_a_search_stops_when_its_seconds_are_over_and_not_before_its_first_step(search, monkeypatch):
+    model = small()
+    _, update = batch(model, [1])
+    monkeypatch.setattr(optimization.time, "monotonic", itertools.count().__next__)   # a second a look
+    whole, told = search(model, update), []
+    some = search(model, update, seconds=2.5, watch=lambda step, losses, images: told.append(step))
+    assert told == [0, 1, 2] and torch.equal(some.history, whole.history[:3])
+    assert "stopped by the budget after 3 of 5 steps" in some.reason and "stopped" not in whole.reason
+    assert len(search(model, update, seconds=0).history) == 1
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(AprilError, match="seconds"): search(model, update, seconds=wrong)
+
+
+def test_restarts_share_the_seconds(monkeypatch):
+    model, told = small(), []
+    monkeypatch.setattr(optimization.time, "monotonic", itertools.count().__next__)
+    separate(model, [batch(model, [1, 2])[1]], 9, restarts=2, seconds=5, watch=lambda step, *_: told.append(step))
+    assert told == 2 * [0, 1, 2]
+
+
+def test_a_stopped_search_whose_gradients_match_says_both():
+    model = small(width=64)   # the linear solution is exact
+    x, update = batch(model, [1])
+    answer, = refine(model, [update], 5, seconds=0)
+    assert answer.verdict == "approximate" and torch.allclose(answer.images, x, atol=1e-6)
+    assert answer.reason.startswith("stopped by the budget after 1 of 5 steps: the gradients nearest to the pixels match")
+
+
+def test_a_step_reaches_no_further_than_a_plateau():
+    lbfgs, slope = LBFGS(), torch.ones(2, 3, dtype=torch.double)
+    x = lbfgs.step(slope, slope)
+    flat = torch.tensor([[0.5], [0.999]], dtype=torch.double) * slope   # curvatures ½ · 3 and a thousandth of it
+    moved = (x - lbfgs.step(x, flat)).square().mean(1).sqrt()
+    assert moved[0] < 1 and moved[1] == pytest.approx(4)
+
+
+def test_with_the_weights_of_timm_a_search_stays_where_pixels_are():
+    model, g = vit("vit_cifar", "B", "timm"), torch.Generator().manual_seed(2)
+    x = torch.randn(2, 3, 32, 32, generator=g)
+    x = torch.nn.functional.interpolate(torch.randn(2, 3, 8, 8, generator=g), size=32, mode="bicubic")
+    told, labels = [], torch.tensor([1, 1])
+    update = client_update(model, x, labels, withheld=("positions",))
+    answer, = separate(model, [update], 25, labels[None], seeds=[2], watch=lambda step, losses, images: told.append(images[0]))
+    assert max(images.abs().max() for images in told) < 10
+    assert answer.images.isfinite().all() and answer.history[-1] < answer.history[0] / 3
 
 
 def test_what_the_search_cannot_do_without_is_named():

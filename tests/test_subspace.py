@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from april_nb.federated import MissingGradient, Update, client_update
-from april_nb.subspace import equations, evened, refine, row_space, subspace_leakage
+from april_nb.separation import family, separate
+from april_nb.subspace import equations, evened, posterior, refine, row_space, subspace_leakage
 from april_nb.views import view
 from april_nb.vit import ViT, guess_positions, init_torch, to_patches, vit
 
@@ -67,6 +68,40 @@ def test_without_positions_one_direction_is_determined():
     assert attacked(model, private(model)).systems[-1].rank == 1
 
 
+@pytest.mark.parametrize("init", ["torch", "timm"])
+@pytest.mark.parametrize("arch", ["A", "B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_without_positions_every_attack_ends_and_none_calls_the_image_unique(arch, init, dtype):
+    model = vit("vit_cifar", arch, init, positions="none").to(dtype)   # timm's biases are zero: nothing pins a patch
+    update = client_update(model, private(model).to(dtype), torch.tensor([0]))
+    answer = subspace_leakage(model, update)
+    assert answer.verdict == "not-unique" and answer.systems[-1].rank <= 1
+    assert "rank 1 for 16" in answer.reason or "no direction" in answer.reason
+    assert family(view(model), update).Q.shape[1] >= 15
+    for found, in (refine(model, [update], 2), separate(model, [update], 2)): assert found.images.isfinite().all()
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("positions, of_16", [("normal", 0), ("sincos2d", 9), ("none", 15)])
+def test_what_positions_leave_open_is_counted_in_the_weights_alone(positions, of_16, images):
+    model = vit("vit_cifar", "B", positions=positions)
+    update = client_update(model, torch.cat([private(model, seed) for seed in range(images)]).float(), torch.arange(images))
+    assert equations(view(model), update).open == of_16 + 16 * (images - 1)
+
+
+@pytest.mark.parametrize("attack", [lambda model, u: subspace_leakage(model, u), lambda model, u: family(view(model), u),
+                                    lambda model, u: posterior(e := equations(view(model), u), e.solve(u.dtype))],
+                         ids=["subspace", "family", "posterior"])
+def test_no_matrix_is_decomposed_twice(attack, monkeypatch):
+    model = small(positions="learned")
+    update, calls, svd = client_update(model, private(model), torch.tensor([1])), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda A, **options: calls.append(A) or svd(A, **options))
+    attack(model, update)
+    assert len(calls) == 6   # patches; three rounds that even the rows, and tokens; the equations
+    alike = [torch.equal(a, b) or torch.equal(a, b.mT) for i, a in enumerate(calls) for b in calls[:i]]
+    assert not any(alike)
+
+
 def test_repeated_patches_are_counted_once_and_come_back():
     model = small()
     x = private(model)
@@ -121,7 +156,7 @@ def test_a_row_space_contains_the_inputs_and_knows_its_error():
     space = row_space(delta.mT @ a + noise, 5, torch.float64, "test")
     assert 0.9e-3 < space.noise < 1.1e-3
     outside = (a - a @ space.basis @ space.basis.mT).norm(dim=1) / 35 ** 0.5
-    foretold = space.noise * space.error(a.mT).norm(dim=0)
+    foretold = space.error(a.mT).norm(dim=0)
     assert ((outside / foretold - 1).abs() < 0.5).all()
 
 

@@ -1,4 +1,7 @@
-"""Theorems 1 and 2 and Algorithm 1 as properties over random models, float64."""
+"""Theorems 1 and 2 and Algorithm 1 as properties over random models, float64; what no closed form may depend on."""
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,8 +10,12 @@ from torch.nn import functional as F
 
 from april_nb.attention import attention_moment
 from april_nb.closed_form import closed_form
+from april_nb.defenses import gaussian, noise_generator
 from april_nb.federated import client_update
+from april_nb.labels import restore_labels
+from april_nb.patch import patch_leakage, ridge_leakage
 from april_nb.position import position_gradient
+from april_nb.subspace import subspace_leakage
 from april_nb.views import view
 from april_nb.vit import ViT, init_torch
 
@@ -149,3 +156,46 @@ def test_several_local_steps_are_approximate_and_the_certificate_knows():
     error = (answer.images - image).square().mean().sqrt().item()
     assert answer.verdict != "exact" or error < 1e-3
     assert 0.1 < answer.error / error < 10
+
+
+def scaled(update, factor):
+    return replace(update, gradients={n: g * factor for n, g in update.gradients.items()})
+
+
+CLOSED = {"closed_form": ("A", closed_form), "patch": ("B", patch_leakage), "ridge": ("B", ridge_leakage),
+          "subspace": ("B", subspace_leakage)}
+
+
+@pytest.mark.parametrize("arch, attack", CLOSED.values(), ids=CLOSED.keys())
+@given(exponent=st.integers(-530, 530), noise=st.sampled_from([0.0, 1e-6]), seed=st.integers(0, 9))
+def test_a_power_of_two_in_the_loss_changes_no_bit_of_an_answer(arch, attack, exponent, noise, seed):
+    model = ViT(arch, image_size=8, channels=1, patch=4, width=24, depth=2, heads=1, mlp_width=48, classes=5).double()
+    init_torch(model, torch.Generator().manual_seed(seed))
+    update = client_update(model, *batch(model, 1, seed))
+    if noise: update = gaussian(update, noise, noise_generator(seed), "rms")
+    one, other = (attack(model, u) for u in (update, scaled(update, 2.0 ** exponent)))
+    assert torch.equal(other.images, one.images) and other.systems == one.systems
+    assert (other.verdict, other.reason) == (one.verdict, one.reason)
+    assert torch.equal(restore_labels(model, scaled(update, 2.0 ** exponent)), restore_labels(model, update))
+
+
+@pytest.mark.parametrize("arch, attack", CLOSED.values(), ids=CLOSED.keys())
+@given(exponent=st.integers(-160, 160), seed=st.integers(0, 9))
+def test_the_unit_of_the_loss_plays_no_part(arch, attack, exponent, seed):
+    model = ViT(arch, image_size=8, channels=1, patch=4, width=24, depth=2, heads=1, mlp_width=48, classes=5).double()
+    init_torch(model, torch.Generator().manual_seed(seed))
+    update = gaussian(client_update(model, *batch(model, 1, seed)), 1e-6, noise_generator(seed), "rms")
+    one, other = (attack(model, u) for u in (update, scaled(update, 10.0 ** exponent)))
+    torch.testing.assert_close(other.images, one.images, rtol=1e-7, atol=1e-7)
+    assert other.verdict == one.verdict
+    for a, b in zip(other.systems, one.systems):
+        assert (a.name, a.rank, a.expected_rank) == (b.name, b.rank, b.expected_rank)
+        assert a.condition_number == pytest.approx(b.condition_number, rel=1e-6)
+        assert a.relative_residual == pytest.approx(b.relative_residual, rel=1e-6)
+
+
+def test_algorithm_1_decomposes_each_of_its_two_systems_once(monkeypatch):
+    model, calls, svd = cifar(width=48, mlp_width=48), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda A, **options: calls.append(A) or svd(A, **options))
+    attack(model)
+    assert len(calls) == 2
