@@ -6,3 +6,13 @@ def __getattr__(name):
     if name != "audit": raise AttributeError(f"module 'april_nb' has no attribute {name!r}")
     from importlib import import_module
     return import_module("april_nb.audit")
+
+
+def start():
+    """The `april` command: PyTorch takes seconds to load, in which an interruption is one line, too."""
+    import sys
+    try: from april_nb.cli import main
+    except KeyboardInterrupt:
+        print("april: interrupted before anything began", file=sys.stderr)
+        raise SystemExit(130) from None
+    main()

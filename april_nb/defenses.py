@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .federated import AprilError, Update
+from .federated import AprilError, Update, generator_of
 from .views import View
 
 # %% ../nbs/17_defenses.ipynb #9bb0f2b5
@@ -29,7 +29,7 @@ def noise_generator(
     seed: int,           # of a client
 ) -> torch.Generator:    # on the CPU
     """The source of a client's noise, apart from that of weights and first guesses with the same seed."""
-    return torch.Generator().manual_seed(2 ** 31 + seed)   # higher bits play no part on a CPU
+    return generator_of(seed, offset=2 ** 31)
 
 # %% ../nbs/17_defenses.ipynb #38753ec5
 def positive(number, what):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .federated import Update, logits
 from .linear import NotRecoverable
-from .views import NotApplicable, View, view
+from .views import NotApplicable, View, check_weights, unwrap, view
 
 # %% ../nbs/12_labels.ipynb #111fc932
 def idlg(
@@ -62,7 +62,7 @@ def certain_counts(
     if view.head_bias not in update.gradients:
         return torch.zeros(len(view.weights[view.classifier]), dtype=torch.long)
     ε = torch.finfo(update.dtype).eps
-    least = -update.examples * view.gradient(update, view.head_bias) * (1 - 8 * ε)
+    least = -update.examples * view.gradient(update, view.head_bias) / view.share * (1 - 8 * ε)
     return least.ceil().clamp_min(0).long()
 
 # %% ../nbs/12_labels.ipynb #22fc484b
@@ -83,7 +83,9 @@ def public_outlook(
     seed: int = 0,           # of the pictures
 ) -> tuple[Tensor, Tensor]:  # predictions p, shape (n, K), and features h, shape (n, C), float64
     """What the model says about random blobs of colour, which anyone can draw."""
-    v, seen = view(model), []
+    model, seen = unwrap(model), []
+    check_weights(model)
+    v = view(model)
     channels, *shape = v.image_shape
     g = torch.Generator().manual_seed(seed)
     blobs = [torch.randn(-(-n // 4), channels, side, side, generator=g) for side in (1, 2, 4, 8)]
@@ -115,12 +117,12 @@ def restore_labels(
     """
     v, B = view(model), update.examples
     if B == 1: return idlg(v, update)
-    W, grad_W = v.weight(v.classifier), v.gradient(update, v.classifier)
+    W, grad_W = v.weight(v.classifier), v.gradient(update, v.classifier) / v.share
     if not grad_W.any(): raise NotRecoverable("the classifier's gradient is zero: it saw no label")
     b = 0 if v.head_bias is None else v.weight(v.head_bias)
     p, h = public_outlook(model, seed=seed)
     has_bias = v.head_bias in update.gradients
-    grad_b = v.gradient(update, v.head_bias) if has_bias else grad_W @ h.mean(0) / h.mean(0).square().sum()
+    grad_b = v.gradient(update, v.head_bias) / v.share if has_bias else grad_W @ h.mean(0) / h.mean(0).square().sum()
     least = certain_counts(v, update).to(W.device)
     if least.sum() > B: least.zero_()
 

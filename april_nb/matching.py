@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from .federated import AprilError, Update, logits
-from .views import NotApplicable, view
+from .views import NotApplicable, check_weights, unwrap, view
 from .vit import to_patches
 
 # %% ../nbs/13_matching.ipynb #90341ce5
@@ -70,9 +70,9 @@ def plain_shares(
     update: Update,    # what the client sent
 ) -> Shares:           # of one victim, N = 1, differentiable in images and labels
     """What most implementations do: form every gradient, then compare. Kept as the reference for `Matcher`."""
-    parameters = {n: p for n, p in model.named_parameters() if n in update.gradients}
-    with sdpa_kernel(SDPBackend.MATH): loss = F.cross_entropy(logits(model(images)), labels)
-    grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    parameters = {n: p for n, p in unwrap(model).named_parameters() if n in update.gradients}
+    with sdpa_kernel(SDPBackend.MATH): loss = F.cross_entropy(logits(unwrap(model)(images)), labels)
+    grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
     targets = [update[n].to(g) for n, g in zip(parameters, grads)]
     row = lambda f: torch.stack([f(g, t) for g, t in zip(grads, targets)])[None]
     l1 = row(lambda g, t: (g - t).abs().sum()).sum(1) / row(lambda g, t: t.abs().sum()).sum(1)
@@ -236,9 +236,11 @@ SUMS = {   # from a and δ of shape (L, N, M, C)
     "gain": lambda a, delta: torch.linalg.vecdot(delta, a, dim=2),
 }
 
-def rows(start, stop):
+def rows(places):
     """The gradient of a table whose rows are added to some tokens of the stream: these rows of G."""
-    return lambda a, G: G[:, :, start:stop]
+    first, last = places[0], places[-1]
+    index = slice(first, last + 1) if len(places) == last + 1 - first else list(places)
+    return lambda a, G: G[:, :, index]
 
 # %% ../nbs/13_matching.ipynb #def1ac5b
 class Matcher:
@@ -266,8 +268,11 @@ class Matcher:
         if any(u.gradients.keys() != first.gradients.keys() or u.examples != first.examples for u in updates):
             raise AprilError("victims that are matched together must send the same parameters "
                              "for equally many examples")
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        model = unwrap(model)
+        check_weights(model)
         self.examples, self.view = first.examples, view(model)
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        for module in self.model.modules(): module._backward_hooks.clear()   # where Opacus would wait for activations
         self.modules, self.records = dict(self.model.named_modules()), {}
         self._hook()
         like = next(self.model.parameters())
@@ -284,11 +289,11 @@ class Matcher:
                 continue
             shapes = tuple(t.shape for t in self.records[module])
             groups.setdefault((kind, type(self.modules.get(module)), shapes), []).append((n, module))
-        gradient = lambda u, n: self.view.gradient(u, n).to(like)
+        gradient = lambda u, n: self.view.sent(u, n).to(like)
         self.terms: list[tuple[tuple[str, ...], Weights | Sums]] = []
         together = max(1, STACK // len(updates))
         for (kind, _, (shape, _)), group in groups.items():
-            gradient_of = rows(*kind) if isinstance(kind, tuple) else SUMS.get(kind)
+            gradient_of = rows(kind) if isinstance(kind, tuple) else SUMS.get(kind)
             for members in (group[i:i + together] for i in range(0, len(group), together)):
                 targets = [[gradient(u, n) for u in updates] for n, _ in members]
                 term = Weights(targets, shape[:-1].numel()) if kind == "weight" else Sums(gradient_of, targets)
@@ -303,11 +308,7 @@ class Matcher:
 
     def _place(self, name):
         """What a parameter is, and the module whose a and δ its gradient comes from; None if no hook sees it."""
-        tables = (*self.view.prefix, self.view.positions)
-        if name in tables:
-            count = lambda n: self.view.weights[n].numel() // self.records["stream"][0].shape[-1]
-            before = sum(map(count, self.view.prefix[:tables.index(name)]))
-            return (-count(name), None) if name == self.view.positions else (before, before + count(name)), "stream"
+        if name in (*self.view.prefix, self.view.positions): return self.view.places(name), "stream"
         module, _, part = name.rpartition(".")
         if module not in self.records or not self.records[module][1].requires_grad: return None, module
         norm = isinstance(self.modules[module], nn.LayerNorm)

@@ -15,16 +15,27 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from .data import Normalisation
-from .federated import AprilError
+from .federated import AprilError, require
 
 # %% ../nbs/05_metrics.ipynb #12b55c04
+def about_pair(a, b):
+    """What two batches must be that are compared."""
+    for t in (a, b):
+        yield isinstance(t, Tensor), f"cannot score a {type(t).__name__}: pass tensors"
+        kind = str(t.dtype).removeprefix("torch.")
+        yield t.is_floating_point(), f"cannot score {kind} pixels: convert them to floating point and divide by 255"
+    yield a.shape == b.shape, f"cannot score images of shape {tuple(a.shape)} against {tuple(b.shape)}"
+    yield a.ndim > 1 and a.numel(), f"cannot score images of shape {tuple(a.shape)}: pass a batch, shape (B, …)"
+
+# %% ../nbs/05_metrics.ipynb #ab8e606e
 FLOOR = 2.0 ** -104   # the square of float64's relative precision
 
 def mse(
     a: Tensor,  # images, shape (B, …)
     b: Tensor,  # images, same shape
 ) -> Tensor:    # shape (B,), in the squared unit of the images
-    """Mean squared error of each image."""
+    """Mean squared error of each image; raises `AprilError` where shapes or formats do not fit."""
+    require(about_pair(a, b), AprilError)
     return (a.double() - b.double()).square().flatten(1).mean(1)
 
 def psnr(
@@ -48,7 +59,16 @@ def ssim(
     a: Tensor,  # images, shape (B, channels, H, W), pixels in [0, 1]
     b: Tensor,  # images, same shape
 ) -> Tensor:    # shape (B,), at most 1
-    """Structural similarity of each image (Wang et al. 2004, 7 × 7 windows)."""
+    """Structural similarity of each image (Wang et al. 2004, 7 × 7 windows).
+
+    Raises
+    ------
+    AprilError
+        If shapes or formats do not fit, or an image is smaller than a window.
+    """
+    require(about_pair(a, b), AprilError)
+    require([(a.ndim == 4 and min(a.shape[2:]) > 6, f"SSIM takes images (B, channels, H, W) of at least 7 × 7 pixels, "
+                                                    f"not {tuple(a.shape)}")], AprilError)
     pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy())
     return torch.tensor([structural_similarity(p, q, data_range=1.0, channel_axis=0) for p, q in pairs],
                         dtype=torch.double)
@@ -58,7 +78,13 @@ def best_assignment(
     images: Tensor,      # reconstructions, shape (B, channels, H, W)
     references: Tensor,  # the truth, same shape
 ) -> Tensor:             # shape (B,): entry i is the reconstruction that goes with reference i
-    """Pairs reconstructions with references for the least summed squared error (the Hungarian method)."""
+    """Pairs reconstructions with references for the least summed squared error (the Hungarian method).
+
+    Raises `AprilError` where shapes or formats do not fit, or a pixel is no number.
+    """
+    require(about_pair(images, references), AprilError)
+    for what, t in [("reconstruction", images), ("reference", references)]:
+        require([(t.isfinite().all(), f"cannot score a {what} with NaN or infinite pixels")], AprilError)
     cost = torch.cdist(references.flatten(1).double(), images.flatten(1).double()) ** 2
     return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
 
@@ -79,13 +105,8 @@ def scores(
     Raises
     ------
     AprilError
-        If shapes differ or a reconstruction is not finite.
+        If shapes, formats or channels do not fit, or a pixel is not finite.
     """
-    if images.shape != references.shape:
-        raise AprilError(f"cannot score images of shape {tuple(images.shape)} "
-                         f"against {tuple(references.shape)}")
-    if not torch.isfinite(images).all():
-        raise AprilError("cannot score a reconstruction with NaN or infinite pixels")
     images = images[best_assignment(images, references)]
     pixels, truth = normalisation.inverse(images.double()), normalisation.inverse(references.double())
     columns = mse(images, references), psnr(pixels, truth), ssim(pixels, truth)

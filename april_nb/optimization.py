@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'RESTART', 'CLOSE', 'PUBLISHED', 'Settings', 'total_vari
 #| code-fold: true
 import itertools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,8 +76,9 @@ class LBFGS:
         self,
         lr: float = 1.0,   # step length
         memory: int = 20,  # curvature pairs kept
+        reach: float = 4.0,  # of one step, root mean square over the variables, which are of size one
     ):
-        self.lr, self.memory, self.pairs, self.last = lr, memory, [], None
+        self.lr, self.memory, self.reach, self.pairs, self.last = lr, memory, reach, [], None
 
     def step(
         self,
@@ -101,17 +103,20 @@ class LBFGS:
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas)): q = q + s * (alpha - rho * dot(y, q))
         first = (1 / g.abs().sum(1, keepdim=True)).clamp_max(1.0) if self.last is None else 1.0
         self.last = x, g
-        return x - self.lr * first * q
+        step = self.lr * first * q
+        length = step.square().mean(1, keepdim=True).sqrt()
+        return x - step * (self.reach / length).clamp_max(1.0)
 
-# %% ../nbs/14_optimization.ipynb #931166ec
+# %% ../nbs/14_optimization.ipynb #ec799d6c
 def mover(
     settings: Settings,  # of the attack
     free: list[Tensor],  # the variables, shape (N, …) each
+    memory: int,         # curvature pairs that L-BFGS keeps
 ) -> Callable[[list[Tensor]], None]:  # moves the variables, given their gradients
     """The optimiser that the settings name; raises `AprilError` for an unknown one."""
     factor, steps = SCHEDULES[settings.schedule], itertools.count()
     if settings.optimiser == "lbfgs":
-        lbfgs, flat = LBFGS(settings.lr), lambda parts: torch.cat([p.flatten(1) for p in parts], 1)
+        lbfgs, flat = LBFGS(settings.lr, memory), lambda parts: torch.cat([p.flatten(1) for p in parts], 1)
         def move(grads):
             lbfgs.lr = settings.lr * factor(next(steps) / settings.steps)
             moved = lbfgs.step(flat(free), flat(grads)).split([v[0].numel() for v in free], 1)
@@ -138,24 +143,29 @@ def match(
     start: Callable[[torch.Generator], Tensor] | None = None,  # draws a victim's first guess (default: in pixels)
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     dtype: torch.dtype = torch.float32,  # to compute in
+    memory: int = 20,              # curvature pairs that L-BFGS keeps
+    seconds: float = math.inf,     # after which no further step begins; restarts share them
 ) -> list[Reconstruction]:         # one for each victim, with labels and history
     """Gradient matching (Algorithm 2 and its relatives) for many victims; returns the iterates of least loss.
 
     Each step tells `watch` its number, the losses, shape (N,), and the guesses, shape (N, B, channels, H, W).
+    The clock starts when the first step begins, which is made in any case: what is prepared once, such as
+    the factors of the targets, does not count.
 
     Raises
     ------
     AprilError
-        If the settings keep pixels in a box and none is given or pixels are not what is free, if the optimiser
+        If `seconds` is negative or no number, if the settings keep pixels in a box and none is given or pixels are not what is free, if the optimiser
         is unknown, or if free variables are decoded and nothing draws the first.
     MissingGradient
         If the settings weigh the position embedding's gradient and a client did not send it.
     """
+    if not seconds >= 0: raise AprilError(f"a search cannot take {seconds} seconds: give a number from 0 on")
     seeds = range(len(updates)) if seeds is None else seeds
     if settings.restarts > 1:
         once = replace(settings, restarts=1)
         tries = [match(model, updates, once, labels, box, [s + RESTART * r for s in seeds], decode, start,
-                       watch, dtype) for r in range(settings.restarts)]
+                       watch, dtype, memory, seconds / settings.restarts) for r in range(settings.restarts)]
         return [min(answers, key=lambda a: a.history.nan_to_num(math.inf).min()) for answers in zip(*tries)]
     if settings.box and (box is None or decode):
         raise AprilError("these settings keep pixels in their range: say which, with box=, "
@@ -175,14 +185,16 @@ def match(
         classes = len(matcher.view.weights[matcher.view.classifier])
         y = torch.stack([normal(g, matcher.examples, classes) for g in generators]).to(device).requires_grad_()
         free = [x, y]
-    move = mover(settings, free)
+    move = mover(settings, free, memory)
     best, least, history = [v.detach().clone() for v in free], x.new_full((len(x),), torch.inf), []
     noise = 16 * torch.finfo(dtype).eps
     by_victim = lambda mask, v: mask.view(-1, *[1] * (v.ndim - 1))
 
     targets = lambda y: y.softmax(-1) if settings.soft_labels else labels.to(device)
 
+    began = time.monotonic()
     for step in range(settings.steps):
+        if step and time.monotonic() - began >= seconds: break
         images = decode(x) if decode else x
         shares = matcher.shares(images, targets(y), l1=settings.l1 > 0)
         loss = objective(shares, images, settings, matcher.view.positions)
@@ -200,7 +212,7 @@ def match(
             for v, b in zip(free, best): v.copy_(torch.where(by_victim(alive, v), v, b))
     if decode: best[0] = decode(best[0]).detach()
     shares = matcher.shares(best[0].requires_grad_(), targets(best[-1]))
-    return conclude(best, mismatch(shares, matcher.view), torch.stack(history, 1), labels)
+    return conclude(best, mismatch(shares, matcher.view), torch.stack(history, 1), labels, settings.steps)
 
 RESTART = 1_000_003   # between the seeds of one victim's restarts
 
@@ -222,12 +234,14 @@ def mismatch(
 def conclude(
     best: list[Tensor],   # the iterates of least loss: images, and logits of labels if they were searched for
     mismatch: Tensor,     # of their gradients, see `mismatch`, shape (N,)
-    history: Tensor,      # of the loss, shape (N, steps)
+    history: Tensor,      # of the loss, shape (N, steps that were made)
     labels: Tensor,       # known or restored labels, shape (N, B)
+    steps: int,           # that were asked for
 ) -> list[Reconstruction]:  # one for each victim
     """What an optimiser may say: how well gradients match, which is no proof that images do."""
     if len(best) > 1: labels = best[1].argmax(-1)
-    answers = []
+    answers, made = [], history.shape[1]
+    stopped = f"stopped by the budget after {made} of {steps} steps: " if made < steps else ""
     for x, distance, past, y in zip(best[0].detach().double(), mismatch.tolist(), history, labels):
         verdict, found = ("approximate", "match") if distance < CLOSE else ("not-converged", "do not match yet")
         reason = (f"the gradients nearest to the pixels {found} (relative squared distance "
@@ -235,7 +249,7 @@ def conclude(
         if distance == math.inf:
             reason = ("the client withheld or zeroed the gradients nearest to the pixels: "
                       "a match of the others says nothing of the image")
-        answers.append(Reconstruction(x, (), float("inf"), verdict, reason, y.cpu(), past.cpu()))
+        answers.append(Reconstruction(x, (), float("inf"), verdict, stopped + reason, y.cpu(), past.cpu()))
     return answers
 
 CLOSE = 1e-3   # relative squared distance below which gradients are said to match

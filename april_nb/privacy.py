@@ -26,30 +26,36 @@ from torch.utils.data import DataLoader, TensorDataset
 from . import __version__
 from .data import Images
 from .defenses import clip, gaussian, l1_clip, laplace
-from .federated import AprilError, Update
+from .federated import AprilError, Update, brief, generator_of, require
 from .training import accuracy
 from .vit import vit
 
 # %% ../nbs/18_privacy.ipynb #8fee9b5e
+def refuse_nonsense(noise_multiplier=1.0, delta=0.5, rounds=1, sample_rate=1.0, ε=1.0, α=2.0):
+    """One line for an argument for which there is no guarantee to compute."""
+    require([
+        (noise_multiplier == 0 or 1e-100 <= noise_multiplier <= 1e100,
+         f"the noise multiplier cannot be {noise_multiplier}: choose 0 or more, from 1e-100 to 1e100"),
+        (1e-300 <= delta < 1, f"δ is a probability between 0 and 1, from 1e-300, not {delta}"),
+        (1 <= rounds <= 2 ** 53 and rounds == int(rounds), f"rounds are counted from 1 to 2⁵³, not {brief(rounds)}"),
+        (1e-100 <= sample_rate <= 1, f"the sample rate is a share in (0, 1], from 1e-100, not {sample_rate}"),
+        (ε == 0 or 1e-100 <= ε <= 1e100, f"ε must be a positive number, from 1e-100 to 1e100, not {ε}"),
+        (1 < α <= 1e100, f"an order is a number above 1, up to 1e100, not {α}")], AprilError)
+
+# %% ../nbs/18_privacy.ipynb #dc519657
 def gaussian_renyi(
     α: float,                 # order, above 1
     noise_multiplier: float,  # z = σ / Δ, standard deviation over sensitivity in the Euclidean norm
 ) -> float:                   # ρ(α), in nats
-    """Rényi divergence of two Gaussians of standard deviation σ whose means are Δ apart (Mironov 2017)."""
+    """Rényi divergence of two Gaussians of standard deviation σ whose means are Δ apart (Mironov 2017).
+
+    Raises `AprilError` for numbers that are none; without noise it is infinite.
+    """
+    refuse_nonsense(noise_multiplier, α=α)
+    if noise_multiplier == 0: return math.inf
     return α / (2 * noise_multiplier ** 2)
 
-# %% ../nbs/18_privacy.ipynb #6b34aa34
-def refuse_nonsense(noise_multiplier=1.0, delta=0.5, rounds=1, sample_rate=1.0):
-    """One line for an argument for which there is no guarantee to compute."""
-    for ok, line in [
-            (0 <= noise_multiplier < math.inf,
-             f"the noise multiplier cannot be {noise_multiplier}: choose 0 or more"),
-            (0 < delta < 1, f"δ is a probability between 0 and 1, not {delta}"),
-            (rounds >= 1 and rounds == int(rounds), f"rounds are counted from 1, not {rounds}"),
-            (0 < sample_rate <= 1, f"the sample rate is a share in (0, 1], not {sample_rate}")]:
-        if not ok: raise AprilError(line)
-
-# %% ../nbs/18_privacy.ipynb #9251743e
+# %% ../nbs/18_privacy.ipynb #07862f89
 def gaussian_epsilon(
     noise_multiplier: float,  # z = σ / Δ, standard deviation over sensitivity
     delta: float,             # δ, a probability
@@ -65,18 +71,42 @@ def gaussian_epsilon(
     refuse_nonsense(noise_multiplier, delta, rounds)
     if noise_multiplier == 0: return math.inf
     a = rounds / (2 * noise_multiplier ** 2)
-    return a + 2 * math.sqrt(a * math.log(1 / delta))
+    return a + 2 * math.sqrt(a * -math.log(delta))
 
 # %% ../nbs/18_privacy.ipynb #610cb3ed
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(5)
+CERTAIN = 39.0   # beyond this u, δ is 1
+
+def profile(u, z):
+    """δ of noise z at ε = (1 / 2z − u) / z, for u from −39 on."""
+    x, width = -u / 2 ** 0.5, 1 / (2 ** 0.5 * z)
+    if width > 0.2: return float(ndtr(u) - 0.5 * math.exp(-u * u / 2) * erfcx(x + width))
+    t = x + width * (1 + NODES) / 2
+    return float(0.25 * width * math.exp(-u * u / 2) * (WEIGHTS @ (2 / math.pi ** 0.5 - 2 * t * erfcx(t))))
+
+def root(rising, low, high):
+    """Where a rising function that is not positive at `low` and positive at `high` is zero."""
+    if rising(low) >= 0: return low   # but for rounding
+    return brentq(rising, low, high, xtol=1e-305, maxiter=2000)
+
+# %% ../nbs/18_privacy.ipynb #86f57879
 def exact_delta(
     epsilon: float,           # ε, in nats
     noise_multiplier: float,  # z = σ / Δ, above 0
     rounds: int = 1,          # T
-) -> float:                   # δ, the least for which the guarantee holds
-    """δ(ε) of T rounds of Gaussian noise, exactly (Balle and Wang 2018, Theorem 8)."""
+) -> float:                   # δ, the least for which the guarantee holds; 1 without noise
+    """δ(ε) of T rounds of Gaussian noise, exactly (Balle and Wang 2018, Theorem 8).
+
+    Raises
+    ------
+    AprilError
+        If ε or the noise is negative or out of range, or there is less than one round.
+    """
+    refuse_nonsense(noise_multiplier, rounds=rounds, ε=epsilon)
+    if noise_multiplier == 0: return 1.0
     z = noise_multiplier / math.sqrt(rounds)
-    u, v = 1 / (2 * z) - epsilon * z, 1 / (2 * z) + epsilon * z   # v² − u² = 2ε
-    return float(ndtr(u) - 0.5 * math.exp(-u ** 2 / 2) * erfcx(v / 2 ** 0.5))
+    u = 1 / (2 * z) - epsilon * z
+    return profile(min(u, CERTAIN), z) if u > -CERTAIN else 0.0   # less than floating point can hold
 
 def exact_epsilon(
     noise_multiplier: float,  # z = σ / Δ
@@ -90,10 +120,13 @@ def exact_epsilon(
     AprilError
         If the noise is negative, δ is not between 0 and 1, or there is less than one round.
     """
-    bound = gaussian_epsilon(noise_multiplier, delta, rounds)
-    if noise_multiplier == 0: return bound
-    excess = lambda ε: exact_delta(ε, noise_multiplier, rounds) - delta
-    return brentq(excess, 0, bound) if excess(0) > 0 else 0.0
+    refuse_nonsense(noise_multiplier, delta, rounds)
+    if noise_multiplier == 0: return math.inf
+    z = noise_multiplier / math.sqrt(rounds)
+    excess, highest = lambda u: profile(u, z) - delta, min(1 / (2 * z), CERTAIN)   # where ε is 0, or δ is 1
+    if excess(highest) <= 0: return 0.0
+    u = root(excess, -math.sqrt(-2 * math.log(delta)), highest)   # from where the closed form lies
+    return (1 / (2 * z) - u) / z
 
 def noise_for(
     epsilon: float,    # ε to keep, in nats
@@ -107,12 +140,12 @@ def noise_for(
     AprilError
         If ε is not positive, δ is not between 0 and 1, or there is less than one round.
     """
-    refuse_nonsense(delta=delta, rounds=rounds)
-    if not 0 < epsilon < math.inf: raise AprilError(f"ε must be a positive number, not {epsilon}")
-    l = math.log(1 / delta)
-    proved = math.sqrt(rounds / 2) * (math.sqrt(l + epsilon) + math.sqrt(l)) / epsilon   # κ √T: enough
-    excess = lambda u: exact_delta(epsilon, proved * math.exp(u), rounds) - delta
-    return proved * math.exp(brentq(excess, -20, 0))
+    refuse_nonsense(delta=delta, rounds=rounds, ε=epsilon or math.nan)
+    def z(u):   # ε z² + u z = 1/2
+        s = math.sqrt(u * u + 2 * epsilon)
+        return 1 / (s + u) if u > 0 else (s - u) / (2 * epsilon)
+    u = root(lambda u: profile(u, z(u)) - delta, -math.sqrt(-2 * math.log(delta)), CERTAIN)   # from κ on
+    return z(u) * math.sqrt(rounds)
 
 # %% ../nbs/18_privacy.ipynb #3e37c4af
 class MissingLibrary(AprilError):
@@ -160,9 +193,15 @@ def laplace_renyi(
     α: float,                 # order, above 1
     noise_multiplier: float,  # λ = b / Δ₁, scale over sensitivity in the L1 norm
 ) -> float:                   # ρ(α), in nats
-    """Rényi divergence of two Laplacians of scale b, means Δ₁ apart (Mironov 2017, Proposition 6)."""
-    up, down = (α - 1) / noise_multiplier, -α / noise_multiplier
-    return (up + math.log(α + (α - 1) * math.exp(down - up)) - math.log(2 * α - 1)) / (α - 1)
+    """Rényi divergence of two Laplacians of scale b, means Δ₁ apart (Mironov 2017, Proposition 6).
+
+    Raises `AprilError` for numbers that are none; without noise it is infinite.
+    """
+    refuse_nonsense(noise_multiplier, α=α)
+    if noise_multiplier == 0: return math.inf
+    if noise_multiplier > 1e6: return α / (2 * noise_multiplier ** 2)
+    low = math.expm1((1 - 2 * α) / noise_multiplier) * (α - 1) / (2 * α - 1)   # against the larger exponential
+    return 1 / noise_multiplier + math.log1p(low) / (α - 1)
 
 def laplace_epsilon(
     noise_multiplier: float,  # λ = b / Δ₁, scale over sensitivity in the L1 norm
@@ -178,7 +217,7 @@ def laplace_epsilon(
     """
     refuse_nonsense(noise_multiplier, delta, rounds)
     if noise_multiplier == 0: return math.inf
-    by_order = (rounds * laplace_renyi(α, noise_multiplier) + math.log(1 / delta) / (α - 1)
+    by_order = (rounds * laplace_renyi(α, noise_multiplier) - math.log(delta) / (α - 1)
                 for α in WHOLE + FINE)
     return min(rounds / noise_multiplier, *by_order)
 
@@ -208,10 +247,15 @@ def laplace_mechanism(
     return laplace(l1_clip(update, size), 8 ** 0.5 * size * noise_multiplier, generator)
 
 # %% ../nbs/18_privacy.ipynb #fa0f58c3
-def refuse_long_step(lr, L):
+def refuse_long_step(lr, L, μ=1.0, steps=1):
     """One line for a step for which the bounds are not proved."""
+    if not (0 < L < math.inf and 0 < μ < math.inf):
+        raise AprilError(f"smoothness and convexity are positive numbers, not {L} and {μ}")
+    if steps < 1: raise AprilError(f"steps are counted from 1, not {steps}")
     if not 0 < lr <= 1 / L:
         raise AprilError(f"the bound holds for steps from 0 to 1/L = {1 / L:g}, not for {lr:g}")
+
+
 
 # %% ../nbs/18_privacy.ipynb #4495f740
 def stationarity_bound(
@@ -222,7 +266,7 @@ def stationarity_bound(
     variance: float,  # v = σ_g² + dσ² of a perturbed gradient
 ) -> float:           # on the mean of E‖∇f(w_t)‖² over the steps 0 … T − 1
     """Bound for smooth objectives, proved in the chapter; raises `AprilError` if η is not in (0, 1/L]."""
-    refuse_long_step(lr, L)
+    refuse_long_step(lr, L, steps=steps)
     return 2 * gap / (lr * steps) + L * lr * variance
 
 def distance_bound(
@@ -234,7 +278,7 @@ def distance_bound(
     variance: float,  # v = σ_g² + dσ² of a perturbed gradient
 ) -> float:           # on E‖w_T − w*‖²
     """Bound for strongly convex objectives, proved there; raises `AprilError` if η is not in (0, 1/L]."""
-    refuse_long_step(lr, L)
+    refuse_long_step(lr, L, μ)
     return (1 - lr * μ) ** steps * distance + lr * variance / μ
 
 def noisy_descent(
@@ -274,8 +318,8 @@ def train_privately(
         If the noise is negative, the loss is no number, or Opacus is not installed.
     """
     refuse_nonsense(noise_multiplier)
-    source = torch.Generator(images.device).manual_seed(seed)
-    data = DataLoader(TensorDataset(images, labels), batch, generator=torch.Generator().manual_seed(seed))
+    source = generator_of(seed, device=images.device)
+    data = DataLoader(TensorDataset(images, labels), batch, generator=generator_of(seed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # that noise is repeatable, and how PyTorch calls Opacus's hooks
         private, rule, data = library().PrivacyEngine().make_private(

@@ -7,6 +7,7 @@ __all__ = ['Family', 'family', 'separate']
 
 # %% ../nbs/22_separation.ipynb #e8e04b10
 #| code-fold: true
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -58,8 +59,7 @@ def family(
     """
     e = equations(view, update)
     solved = e.solve(update.dtype)
-    open_ = torch.linalg.svd(e.K).Vh[solved.system.rank:].mT
-    return Family(e.patches.basis, solved.X, open_, (e.patches.system, e.tokens.system, solved.system))
+    return Family(e.patches.basis, solved.X, solved.open, (e.patches.system, e.tokens.system, solved.system))
 
 # %% ../nbs/22_separation.ipynb #e0f7e7b2
 def separate(
@@ -70,11 +70,12 @@ def separate(
     seeds: Sequence[int] | None = None,  # of the first guesses (default: 0, 1, …)
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     restarts: int = 1,             # first guesses for each victim; the one that ends with the least loss counts
+    seconds: float = math.inf,     # after which no further step begins; restarts share them
 ) -> list[Reconstruction]:         # one for each victim: B images, with labels and history
     """The images of batches whose position gradient is withheld: gradient matching in the family's coordinates.
 
-    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told
-    as in `april_nb.optimization.match`, which does the search.
+    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told,
+    and `seconds` are counted, as in `april_nb.optimization.match`, which does the search.
 
     Raises
     ------
@@ -91,5 +92,6 @@ def separate(
         return from_patches(X.flatten(0, 1), v.patch, *v.image_shape[1:]).unflatten(0, (-1, B))
     computed = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps)
     settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant", restarts=restarts)
-    answers = match(model, updates, settings, y, seeds=seeds, decode=decode, start=start, watch=watch, dtype=computed)
+    answers = match(model, updates, settings, y, seeds=seeds, decode=decode, start=start, watch=watch, dtype=computed,
+                    seconds=seconds)
     return [replace(a, systems=f.systems) for a, f in zip(answers, families)]

@@ -11,15 +11,16 @@ __all__ = ['EXPLAINED', 'CONTRADICTION', 'RowSpace', 'row_space', 'everything', 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from .certificate import Reconstruction, Solution, System, condition_number, judge, rank_tolerance, solve
+from .certificate import (Reconstruction, Solution, System, condition_number, judge, rank_tolerance, solve,
+                                  unit)
 from .federated import AprilError, Update
 from .labels import restore_labels
-from .matching import Matcher
-from .optimization import LBFGS, conclude, mismatch
+from .optimization import Settings, match
 from .views import View, view
 from .vit import from_patches
 
@@ -41,9 +42,9 @@ class RowSpace:
     def error(
         self,
         vectors: Tensor,  # shape (n, k'), in the space but for errors
-    ) -> Tensor:          # their coordinates over the singular values, shape (k, k')
-        """Times the gradient's error, how far vectors seem to leave the space: u_i is off by ν / s_i."""
-        return self.basis.mT @ vectors / self.values[:self.basis.shape[1], None]
+    ) -> Tensor:          # by each of its directions, shape (k, k')
+        """How far vectors seem to leave the space, because u_i is off by ν / s_i, in each direction outside."""
+        return self.basis.mT @ vectors * (self.noise / self.values[:self.basis.shape[1], None])
 
 def row_space(
     grad: Tensor,          # gradient of one or of several stacked weights, shape (m, n), float64
@@ -53,14 +54,14 @@ def row_space(
     needed: bool = True,   # take all `most` directions, whatever the spectrum says?
 ) -> RowSpace:             # of dimension at most `most`
     """The span of a layer's inputs: rows of ∇W = δᵀ a combine the rows of a. The spectrum says how many."""
-    m, n = grad.shape
-    _, S, Vt = torch.linalg.svd(grad, full_matrices=False)
-    floor, size = rank_tolerance(grad, dtype), max(S.norm().item(), math.ulp(0))
+    (m, n), g = grad.shape, unit(grad)
+    _, S, Vt = torch.linalg.svd(grad / g, full_matrices=False)
+    floor, size = rank_tolerance(grad / g, dtype), max(S.norm().item(), math.ulp(0))
     rank = int((S > floor).sum())
     k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
     system = System(name, rank, most if needed else k, condition_number(S[:k]), dropped / size)
-    return RowSpace(Vt[:k].mT, S, dropped / max((m - k) * (n - k), 1) ** 0.5, system)
+    return RowSpace(Vt[:k].mT, S * g, g * dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 def everything(
     W_p: Tensor,  # the patch embedding's weight, shape (C, D)
@@ -79,8 +80,9 @@ class Equations:
     embed: Tensor      # γ ⊙ C(W_p R), shape (C, r)
     offset: Tensor     # γ ⊙ C(b_p + e_t), shape (C, P)
     rest: Tensor       # orthonormal basis of what is orthogonal to U and β, shape (C, C − T or C − T − 1)
+    open: int          # directions of a patch that stay open at least: dim N less what the positions span
 
-    @property
+    @cached_property
     def K(self) -> Tensor:
         """Coefficients, shape (C − T, r)."""
         return self.rest.mT @ self.embed
@@ -90,20 +92,25 @@ class Equations:
         """Right-hand side, shape (C − T, P)."""
         return -self.rest.mT @ self.offset
 
-    @property
-    def rank(self) -> int:
-        """Singular values of K, from the largest on, that are eight times the error that U brings into them."""
-        _, s, Vt = torch.linalg.svd(self.K, full_matrices=False)
-        by_error = self.tokens.noise * self.tokens.error(self.embed @ Vt.mT).norm(dim=0)
+    def floor(
+        self,
+        Vt: Tensor,  # right singular vectors of K as rows, shape (k, r)
+    ) -> Tensor:     # shape (k,)
+        """What a singular value of K must exceed: eight times the error that U brings into K along its vector.
+
+        Values of directions that the positions leave open do not count, whatever their size.
+        """
+        by_error = self.tokens.error(self.embed @ Vt.mT).norm(dim=0)
         floor = (8 * by_error * len(self.K) ** 0.5).clamp(min=rank_tolerance(self.K, torch.float64))
-        return int((s > floor).cumprod(0).sum())
+        floor[max(self.embed.shape[1] - self.open, 0):] = math.inf
+        return floor
 
     def solve(
         self,
         dtype: torch.dtype,  # the format in which the gradients were sent
     ) -> Solution:           # coordinates, shape (r, P), with certificate
         """The solution of least norm in the directions that stand out from the error of U."""
-        return solve(self.K, self.B, "subspace", dtype, self.rank)
+        return solve(self.K, self.B, "subspace", dtype, self.floor)
 
     def noise(
         self,
@@ -111,7 +118,7 @@ class Equations:
     ) -> float:     # in the unit of the equations
         """Standard deviation of the error that U brings into an equation, mean over the tokens."""
         inputs = self.embed @ A + self.offset
-        return self.tokens.noise * self.tokens.error(inputs).norm().item() / A.shape[1] ** 0.5
+        return self.tokens.error(inputs).norm().item() / A.shape[1] ** 0.5
 
 # %% ../nbs/21_subspace.ipynb #3b660ac1
 def evened(
@@ -120,8 +127,9 @@ def evened(
 ) -> Tensor:       # of the same row space, shape (m, n)
     """A gradient whose rows have equal errors: weighted least squares, with weights from the residuals."""
     for _ in range(3):   # many more, and a row can fit itself
-        U, S, _ = torch.linalg.svd(grad, full_matrices=False)
-        error = (U[:, most:] * S[most:]).norm(dim=1, keepdim=True)
+        g = unit(grad)
+        U, S, _ = torch.linalg.svd(grad / g, full_matrices=False)
+        error = g * (U[:, most:] * S[most:]).norm(dim=1, keepdim=True)
         grad = grad / torch.where(error > 0, error, 1.0)
     return grad
 
@@ -147,14 +155,16 @@ def equations(
         sent_patches = view.gradient(update, view.patch_weight)
         patches = row_space(sent_patches, images * P, update.dtype, "patches", needed=False)
     tokens = row_space(evened(sent, T), T, update.dtype, "tokens")
-    embed, offset = W_p @ patches.basis, view.offsets().mT
+    embed, offset, fixed = W_p @ patches.basis, view.offsets().mT, view.known_tokens().mT
     occupied = tokens.basis
     if view.norm is not None:
         gain, bias = (view.weight(name)[:, None] for name in view.norm)
-        embed, offset = (gain * (m - m.mean(0)) for m in (embed, offset))
-        if bias.any(): occupied = torch.cat([occupied, bias], 1)   # σ β, of unknown σ
+        embed, offset, fixed = (gain * (m - m.mean(0)) for m in (embed, offset, fixed))
+        if bias.any(): occupied, fixed = (torch.cat([m, bias], 1) for m in (occupied, fixed))   # σ β, of unknown σ
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
-    return Equations(patches, tokens, embed, offset, rest)
+    fixed = torch.cat([offset, fixed], 1)
+    spanned = int((torch.linalg.svdvals(fixed) > rank_tolerance(fixed, torch.float64)).sum())
+    return Equations(patches, tokens, embed, offset, rest, occupied.shape[1] - spanned)
 
 # %% ../nbs/21_subspace.ipynb #2674dc92
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
@@ -185,15 +195,14 @@ def subspace_leakage(
     solution = e.solve(update.dtype)
     systems = *spaces, solution.system
     by_tokens = solution.noise * solution.gain / len(e.patches.basis) ** 0.5
-    outside = e.patches.error(e.patches.basis @ solution.X).norm().item()
-    by_patches = e.patches.noise * outside / e.B.shape[1] ** 0.5
+    by_patches = e.patches.error(e.patches.basis @ solution.X).norm().item() / e.B.shape[1] ** 0.5
     error = math.hypot(by_tokens, by_patches) if solution.system.unique else math.inf
     verdict, reason = judge(systems, error, update)
     if verdict == "nothing-leaks":
         verdict, reason = "not-unique", "the subspace equations determine no direction in the patches' span"
-    explained = e.noise(solution.X) * e.B.numel() ** 0.5 / e.B.norm().item()
-    if verdict in ("exact", "approximate") and solution.system.relative_residual > EXPLAINED * explained:
-        left = solution.system.relative_residual
+    left, size = solution.system.relative_residual, max(e.B.norm().item(), math.ulp(0))   # no positions: B may be 0
+    explained = e.noise(solution.X) * e.B.numel() ** 0.5 / size
+    if verdict in ("exact", "approximate") and left > EXPLAINED * explained:
         residual = f"relative residual {left:.1e}, rounding explains {explained:.0e}"
         verdict, reason = "approximate", (f"foretold error {error:.1e}; the client's positions are nearly, "
                                           f"not quite, the attacker's ({residual})")
@@ -205,7 +214,8 @@ def subspace_leakage(
 
 # %% ../nbs/21_subspace.ipynb #7129b5f1
 def posterior(
-    e: Equations,            # of one update
+    e: Equations,       # of one update
+    solved: Solution,   # of them
 ) -> tuple[Tensor, Tensor]:  # mean, shape (r, P); square root of a column's covariance, shape (r, r)
     """What equations and spectrum say of the coordinates: ridge regression.
 
@@ -213,11 +223,12 @@ def posterior(
     have unit variance, and the spectrum of ∇W_p = G_pᵀ A is a product: the patches make about half of it.
     """
     s = e.patches.values[:e.embed.shape[1]]
+    s = s / unit(s)
     prior = (len(e.patches.basis) * s / s.norm()).sqrt()
-    first = e.solve(torch.float64).X
-    # below 1e-7, squared, float64 cannot tell equations and prior apart
-    noise = max(e.noise(first), 1e-7 * e.B.square().mean().sqrt().item())
+    # below 1e-7, squared, float64 cannot tell equations and prior apart; where B is 0 they say nothing
+    noise = max(e.noise(solved.X), 1e-7 * e.B.square().mean().sqrt().item()) or math.inf
     values, V = torch.linalg.eigh(e.K.mT @ e.K / noise ** 2 + torch.diag(prior ** -2))
+    values = values.clamp(min=1 / len(e.patches.basis))   # no coordinate varies more than D pixels together
     return V @ (V.mT @ (e.K.mT @ e.B / noise ** 2) / values[:, None]), V / values.sqrt()
 
 # %% ../nbs/21_subspace.ipynb #bc4f731e
@@ -227,12 +238,14 @@ def refine(
     steps: int = 600,           # of L-BFGS, one evaluation each
     labels: Tensor | None = None,  # classes of the images, shape (N, 1), if known; restored otherwise
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
+    seconds: float = math.inf,  # after which no further step begins
 ) -> list[Reconstruction]:      # one for each victim, with labels and history
     """Gradient matching in the span of the patches, from Theorem 4's linear solution, in float64.
 
     Free are coordinates in which the linear equations leave every direction equally uncertain. The
     distance of a tensor's gradient is relative to its norm, as rounding is; tensors that hold rounding alone
-    are left out. There is no stopping rule but the number of steps. `watch` is told as in `match`.
+    are left out. There is no stopping rule but steps and seconds; these and `watch` are as in
+    `april_nb.optimization.match`, which does the search.
 
     Raises
     ------
@@ -245,27 +258,17 @@ def refine(
         raise AprilError("refine is for updates of one image: take separate for a batch")
     v = view(model)
     systems = [equations(v, u) for u in updates]
-    beliefs = [(e.patches.basis @ mean, e.patches.basis @ L) for e in systems for mean, L in [posterior(e)]]
+    solutions = [e.solve(u.dtype) for e, u in zip(systems, updates)]
+    beliefs = [(e.patches.basis @ mean, e.patches.basis @ L)
+               for e, solved in zip(systems, solutions) for mean, L in [posterior(e, solved)]]
     def decode(c):   # coordinates, shape (N, r, P), to images
         X = torch.stack([mean + L @ a[:L.shape[1]] for (mean, L), a in zip(beliefs, c)])
         return from_patches(X.mT, v.patch, *v.image_shape[1:])[:, None]
     y = (torch.stack([restore_labels(model, u) for u in updates]) if labels is None else labels).view(-1, 1)
-    matcher = Matcher(model, updates, dtype=torch.float64)
     r, P = max(L.shape[1] for _, L in beliefs), systems[0].offset.shape[1]
-    c = matcher.target.new_zeros(len(updates), r, P)
-    lbfgs, history, best, least = LBFGS(memory=60), [], c, c.new_full((len(c),), math.inf)
-    for step in range(steps):
-        images = decode(c.requires_grad_())
-        loss = matcher.shares(images, y).relative_distance()
-        g, = torch.autograd.grad(loss.sum(), c)
-        history.append(loss.detach())
-        watch(step, history[-1], images.detach())
-        with torch.no_grad():
-            best = torch.where((loss < least)[:, None, None], c, best).detach()
-            least = torch.minimum(least, history[-1])
-            c = lbfgs.step(c.detach().flatten(1), g.flatten(1)).view_as(c)
-    images = decode(best).requires_grad_()
-    answers = conclude([images], mismatch(matcher.shares(images, y), v), torch.stack(history, 1), y)
-    linear = [(e.patches.system, e.tokens.system, e.solve(u.dtype).system)
-              for e, u in zip(systems, updates)]
-    return [replace(answer, systems=solved) for answer, solved in zip(answers, linear)]
+    start = lambda generator: torch.zeros(r, P)   # the posterior's mean
+    settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant")
+    answers = match(model, updates, settings, y, decode=decode, start=start, watch=watch, dtype=torch.float64,
+                    memory=60, seconds=seconds)
+    return [replace(answer, systems=(e.patches.system, e.tokens.system, solved.system))
+            for answer, e, solved in zip(answers, systems, solutions)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'POSITIONS', 'INITIALISATIONS', 'SMALL', 'PRESETS', 'to_patches', 'from_patches', 'Attention', 'BlockA',
-           'BlockB', 'sines', 'sincos1d', 'sincos2d', 'InvalidImage', 'ViT', 'init_torch', 'init_timm', 'vit',
-           'guess_positions', 'kind']
+           'BlockB', 'sines', 'sincos1d', 'sincos2d', 'ViT', 'init_torch', 'init_timm', 'vit', 'guess_positions',
+           'kind']
 
 # %% ../nbs/02_vit.ipynb #a1d4a969
 #| code-fold: true
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .federated import AprilError
+from .federated import AprilError, InvalidImage, generator_of
 
 # %% ../nbs/02_vit.ipynb #359cef4d
 def to_patches(
@@ -127,9 +127,12 @@ TABLES = {"sincos1d": sincos1d, "sincos2d": sincos2d,
 POSITIONS = ("learned", "normal", *TABLES)
 
 # %% ../nbs/02_vit.ipynb #1f3b7769
-class InvalidImage(AprilError):
-    """An image that cannot be read, or whose shape does not fit the model."""
+def refuse_sizes(**sizes):
+    """One line for a size of which no model can be built."""
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1: raise AprilError(f"{name} is a whole number from 1, not {size!r}")
 
+# %% ../nbs/02_vit.ipynb #0dd57da7
 class ViT(nn.Module):
     """Vision Transformer of architecture A or B, classifying from its class token, else the mean token."""
     def __init__(
@@ -152,11 +155,14 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if arch not in ("A", "B"): raise AprilError(f"unknown architecture {arch!r}: choose A or B")
+        refuse_sizes(image_size=image_size, channels=channels, patch=patch, width=width, depth=depth, heads=heads,
+                     mlp_width=mlp_width, classes=classes, mlp_gelus=mlp_gelus)
         if image_size % patch:
             raise AprilError(f"patches of {patch} pixels do not tile an image of {image_size}")
         if width % heads: raise AprilError(f"{heads} heads do not divide a width of {width}")
         if positions not in POSITIONS:
             raise AprilError(f"unknown positions {positions!r}: choose from {', '.join(POSITIONS)}")
+        if not 0 <= dropout < 1: raise AprilError(f"dropout is a probability from 0 to below 1, not {dropout}")
         self.arch, self.image_size, self.channels, self.patch_size = arch, image_size, channels, patch
         self.position_kind, side = positions, image_size // patch
         self.patch = nn.Linear(channels * patch ** 2, width)
@@ -259,7 +265,8 @@ def vit(
     Raises
     ------
     AprilError
-        If the name, the architecture or the initialisation is unknown, or sizes do not fit together.
+        If the name, the architecture or the initialisation is unknown, sizes do not fit together, or a size or
+        the seed is no number for it.
     """
     if name not in PRESETS: raise AprilError(f"unknown model {name!r}: choose from {', '.join(PRESETS)}")
     if init not in INITIALISATIONS:
@@ -269,7 +276,7 @@ def vit(
     model = model.to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, nn.LayerNorm): module.reset_parameters()
-    INITIALISATIONS[init](model, torch.Generator().manual_seed(seed))
+    INITIALISATIONS[init](model, generator_of(seed))
     return model
 
 # %% ../nbs/02_vit.ipynb #1007e559
@@ -283,14 +290,16 @@ def guess_positions(
     Raises
     ------
     AprilError
-        If the positions are a formula, which everyone knows.
+        If the positions are a formula, which everyone knows, or the initialisation is unknown.
     """
+    if init not in INITIALISATIONS:
+        raise AprilError(f"unknown initialisation {init!r}: choose from {', '.join(INITIALISATIONS)}")
     if model.position_kind in TABLES:
         raise AprilError(f"{model.position_kind} positions cannot be secret: they are a formula; "
                          "choose learned or normal")
     attacker = copy.deepcopy(model)
     std = {"torch": 1.0, "timm": 0.02}[init]
-    drawn = std * torch.randn(model.positions.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = std * torch.randn(model.positions.shape, generator=generator_of(seed))
     attacker.positions.data.copy_(drawn)
     return attacker
 

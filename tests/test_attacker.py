@@ -6,16 +6,28 @@ import sys
 
 import torch
 
-from april_nb.cli import METHODS
+from april_nb import attacks
+from april_nb.attacks import ATTACKS, Terms
+from april_nb.certificate import Reconstruction
 from april_nb.federated import Update, client_update, save_update
 from april_nb.vit import vit
 
 
-def test_an_attack_takes_a_model_and_an_update_first_and_no_image_ever():
-    for attack in METHODS.values():
-        names = list(inspect.signature(attack).parameters)
-        assert names[:2] in (["model", "update"], ["model", "updates"])
-        assert not {"image", "images", "x", "private", "references", "originals"} & set(names)
+IMAGES = {"image", "images", "x", "private", "references", "originals", "truth"}
+
+
+def test_an_attack_of_the_list_takes_a_model_updates_and_terms_and_no_image_ever():
+    for attack in ATTACKS.values(): assert list(inspect.signature(attack.run).parameters) == ["model", "updates", "terms"]
+    assert not IMAGES & {f.name for f in dataclasses.fields(Terms)}
+
+
+def test_the_functions_behind_the_list_take_a_model_and_updates_first_and_no_image_ever():
+    behind = [f for f in vars(attacks).values() if inspect.isfunction(f) and f.__annotations__.get("return") in
+              (Reconstruction, list[Reconstruction])]
+    assert {"closed_form", "patch_leakage", "ridge_leakage", "subspace_leakage", "refine", "separate", "match"} <= {f.__name__ for f in behind}
+    for f in behind:
+        names = list(inspect.signature(f).parameters)
+        assert names[:2] in (["model", "update"], ["model", "updates"]) and not IMAGES & set(names), f.__name__
 
 
 def test_an_update_holds_gradients_and_counts_only():

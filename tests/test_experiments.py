@@ -76,7 +76,11 @@ def test_a_full_disk_keeps_the_slices_that_were_written(tmp_path):
 
 @pytest.mark.parametrize("args, why", [(["figure99"], "unknown experiment"), (["table1", "--method", "magic"], "no arm"),
                                        (["table1", "--device", "warp"], "no device"), (["table1", "--n", "0"], "--n"),
-                                       (["table1", "--results", __file__], "")])
+                                       (["table1", "--results", __file__], ""),
+                                       (["table1", "--device", "meta"], "no device 'meta'"),
+                                       (["table1", "--dataset", "celeba"], "mnist, cifar10, imagenet"),
+                                       (["table1", "--method", "magic"], "dlg, ig, tag, april"),
+                                       (["table1", "--seed", str(2 ** 70), "--n", "1", "--dataset", "mnist"], "seed")])
 def test_bad_input_is_one_line_and_exit_code_2(args, why, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["april", "run", *args])
     with pytest.raises(SystemExit) as stop: main()
@@ -110,6 +114,18 @@ def test_rows_come_back_as_they_were_in_one_order_whatever_the_order_of_writing(
 def test_a_file_of_other_columns_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
     with pytest.raises(AprilError, match="move it away"): read_rows(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("spoil, line", [
+    (lambda b: b[:-20], 3), (lambda b: b[:-1], 3), (lambda b: b.replace(b",0.5,", b",half,", 1), 2),
+    (lambda b: b.replace(b",0.5,", b",nan,", 1), 2), (lambda b: b.replace(b"\r\n", b"\r\n<<<<<<< HEAD\r\n", 1), 2),
+    (lambda b: b.replace(b",x,", b",\xff,", 1), 2), (lambda b: b.replace(b",x,", b",\x00,", 1), 2), (lambda b: b + b"a,b\n", 4)])
+def test_a_damaged_file_is_named_with_its_line(tmp_path, spoil, line):
+    path = tmp_path / "rows.csv"
+    add_rows(path, [row(image_id=i) for i in range(2)])
+    whole = path.read_bytes()
+    path.write_bytes(spoil(whole))
+    with pytest.raises(AprilError, match=f"rows.csv, line {line}: "): read_rows(path)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("results/*.csv")), ids=lambda p: p.stem)

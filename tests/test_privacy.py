@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
@@ -80,6 +80,103 @@ def test_nonsense_is_refused_in_one_line(account):
     with pytest.raises(AprilError, match="share in"): privacy.epsilon(1, 1e-5, 1, 0)
     for ε in (0, -1, math.inf):
         with pytest.raises(AprilError, match="positive number"): privacy.noise_for(ε, 1e-5)
+
+
+ENDS = [5e-324, 1e-300, 1e-200, 1e-100, 1e-50, 1e-16, 1e-8, 1e-3, 1.0, 1e3, 1e8, 1e16, 1e50, 1e100, 1e200, 1e300, math.inf, -1e300, math.nan]
+anything = st.sampled_from(ENDS) | st.floats(1e-100, 1e100)
+probabilities = st.sampled_from([5e-324, 1e-300, 1e-200, 1e-30, 0.5, 1 - 1e-16, 1.0]) | st.floats(1e-12, 1 - 1e-16)
+counts = st.sampled_from([1, 10, 10**6, 2**53, 2**53 + 1, 10**400, math.inf, math.nan])
+
+
+def or_one_line(call):
+    """What a call returns, or None where it refuses in one line; anything else is an error."""
+    try: return call()
+    except AprilError as error: assert "\n" not in str(error) and len(str(error)) < 300
+
+
+@pytest.mark.parametrize("account", [*ACCOUNTS, privacy.noise_for])
+@settings(max_examples=300)
+@given(anything, probabilities, counts)
+def test_every_account_is_a_number_or_one_line_at_the_ends_of_the_range(account, z, delta, rounds):
+    answer = or_one_line(lambda: account(z, delta, rounds))
+    assert answer is None or answer >= 0
+    if 1e-100 <= z <= 1e100 and 1e-300 <= delta < 1 and rounds in (1, 10, 10**6, 2**53): assert answer is not None and answer < math.inf
+
+
+@settings(max_examples=300)
+@given(anything, probabilities, counts, st.sampled_from([5e-324, 1e-100, 1e-9, 0.5, 1 - 1e-16, 1.0, 2.0]))
+def test_sampling_at_the_ends_of_the_range(z, delta, rounds, q):
+    answer = or_one_line(lambda: privacy.epsilon(z, delta, rounds, q))
+    assert answer is None or 0 <= answer < math.inf
+
+
+@settings(max_examples=300)
+@given(anything, anything, counts)
+def test_exact_deltas_and_divergences_at_the_ends_of_the_range(ε, z, rounds):
+    δ = or_one_line(lambda: privacy.exact_delta(ε, z, rounds))
+    assert δ is None or 0 <= δ <= 1
+    for divergence in (privacy.gaussian_renyi, privacy.laplace_renyi):
+        ρ = or_one_line(lambda: divergence(1 + ε, z))
+        assert ρ is None or 0 <= ρ < math.inf
+
+
+def test_without_noise_nothing_is_kept():
+    assert privacy.exact_delta(1, 0) == 1
+    assert privacy.gaussian_renyi(2, 0) == privacy.laplace_renyi(2, 0) == math.inf
+
+
+def delta_in_many_digits(u, z):
+    """δ at ε = (1/2z − u)/z, from its definition in two hundred digits, and ε."""
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(200):
+        u, z = mpmath.mpf(u), mpmath.mpf(z)
+        ε = (1 / (2 * z) - u) / z
+        return float(mpmath.ncdf(u) - mpmath.exp(ε) * mpmath.ncdf(u - 1 / z)), float(ε)
+
+
+@settings(max_examples=200)
+@given(st.floats(-100, 8).map(lambda e: 10.0 ** -e), st.floats(-37, 8))
+def test_delta_has_all_its_digits_however_strong_the_noise(z, u):
+    u = min(u, 1 / (2 * z))   # ε ≥ 0
+    expected, _ = delta_in_many_digits(u, z)
+    assert privacy.profile(u, z) == pytest.approx(expected, rel=1e-9, abs=1e-307)
+
+
+@settings(max_examples=200)
+@given(st.floats(-100, 4).map(lambda e: 10.0 ** -e), st.floats(-36, 6))
+def test_epsilon_and_noise_are_found_however_strong_the_noise(z, u):
+    δ, ε = delta_in_many_digits(min(u, 1 / (2 * z)), z)
+    if not 1e-299 < δ < 1 - 1e-6: return
+    # an ε so small that the rounding of δ decides it has no more digits than that
+    assert privacy.exact_epsilon(z, δ) == pytest.approx(ε, rel=1e-6, abs=1e-12 / z)
+    if ε >= 1e-100: assert privacy.noise_for(ε, δ) == pytest.approx(z, rel=1e-6)
+
+
+@given(st.floats(-16, 100).map(lambda e: 10.0 ** e), st.floats(1e-12, 0.5), st.sampled_from([1, 10**6, 2**53]))
+def test_a_promise_is_kept_at_any_size(ε, delta, rounds):
+    z = privacy.noise_for(ε, delta, rounds)
+    if ε > 1e-6: assert privacy.exact_epsilon(z, delta, rounds) == pytest.approx(ε, rel=1e-6)
+    assert privacy.exact_epsilon(2 * z, delta, rounds) <= privacy.exact_epsilon(z, delta, rounds)
+
+
+@given(st.floats(1e5, 1e12), st.floats(1.01, 64))
+def test_strong_laplacian_noise_costs_no_less_than_is_true(λ, α):
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(100):
+        a, l = mpmath.mpf(α), mpmath.mpf(λ)
+        true = float(mpmath.log(a / (2 * a - 1) * mpmath.exp((a - 1) / l) + (a - 1) / (2 * a - 1) * mpmath.exp(-a / l)) / (a - 1))
+    assert true * (1 - 1e-4) <= privacy.laplace_renyi(α, λ) <= true * (1 + 1e-4)
+    if λ > 1e6: assert privacy.laplace_renyi(α, λ) >= true * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("bound", [lambda **a: privacy.stationarity_bound(**{"gap": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a),
+                                   lambda **a: privacy.distance_bound(**{"distance": 1, "μ": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a)])
+def test_bounds_for_no_objective_are_one_line(bound):
+    assert bound() > 0
+    for L in (0, -1, math.nan, math.inf):
+        with pytest.raises(AprilError, match="positive numbers"): bound(L=L)
+    with pytest.raises(AprilError, match="positive numbers"): privacy.distance_bound(1, 0, 2, 0.1, 10, 1)
+    with pytest.raises(AprilError, match="counted from 1"): privacy.stationarity_bound(1, 2, 0.1, 0, 1)
 
 
 def test_a_missing_library_is_one_line_with_its_cure(monkeypatch):

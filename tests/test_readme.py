@@ -6,10 +6,11 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_snippet_runs_as_it_stands(capsys):
-    code, = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(code, {})
-    assert capsys.readouterr().out.startswith("exact")
+def test_the_snippets_run_as_they_stand_one_after_the_other(capsys):
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.S): exec(code, scope)
+    out = capsys.readouterr().out
+    assert out.startswith("exact") and re.search(r"^! patch +exact", out, re.M)
 
 
 def test_every_file_it_links_exists():

@@ -1,0 +1,189 @@
+"""Theorem 5: every layer names its inputs, and a batch comes back image by image, without labels."""
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+
+from april_nb.defenses import gaussian
+from april_nb.federated import MissingGradient, client_update
+from april_nb.metrics import best_assignment, psnr
+from april_nb.spans import Peeling, Suspect, certify, input_spans, jacobian, label_of, spans
+from april_nb.vit import ViT, init_timm, init_torch, to_patches
+
+
+def small(width=48, init=init_torch, **changes):
+    """A ViT with 4 patches of 64 pixels and learned positions."""
+    model = ViT("B", **dict(image_size=16, channels=1, patch=8, width=width, depth=3, heads=2, mlp_width=64,
+                            classes=10) | changes)
+    init(model, torch.Generator().manual_seed(0))
+    return model
+
+
+def batch(model, labels, seed=0, **how):
+    """Images in units of a standard deviation, and what their client sends in float32 without the position gradient."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(labels), 1, 16, 16, generator=g, dtype=torch.double)
+    return x, client_update(model, x.float(), torch.tensor(labels), withheld=("positions",), **how)
+
+
+def fit(suspect, c):
+    """Root mean square residual of a candidate at every layer, in units of what the gradient's errors explain."""
+    units = suspect.units(suspect.image(c), suspect.spans)
+    return [suspect.residual(c, [span], [unit]).square().mean().sqrt().item() for span, unit in zip(suspect.spans, units)]
+
+
+def paired(answer, x):
+    """PSNR of a whole batch on pixels in units of a standard deviation, and the labels in its order."""
+    order = best_assignment(answer.images, x)
+    return psnr(answer.images[order], x), answer.labels[order].tolist()
+
+
+def test_an_image_of_the_batch_has_no_residual_in_any_layer_and_a_mixture_has():
+    model = small()
+    x, update = batch(model, [1, 1, 3])
+    suspect = Suspect(model, update)
+    truth = suspect.family.coordinates(to_patches(x, 8))
+    assert len(suspect.spans) >= 6
+    for c in truth: assert max(fit(suspect, c)) < 10
+    assert min(fit(suspect, truth.mean(0))) > 1e3
+
+
+def test_layers_are_found_without_their_names_and_only_where_the_theorem_holds():
+    model = small()
+    _, update = batch(model, [1, 1, 3])
+    rows = {span.names[0]: (len(span.rows), span.space.basis.shape[1]) for span in input_spans(model, update)}
+    assert rows["blocks.0.mlp.0.weight"] == rows["blocks.1.attention.q.weight"] == (5, 15)
+    assert rows["blocks.2.mlp.0.weight"] == rows["head.weight"] == (1, 3)   # where only class tokens count
+    assert "blocks.0.attention.q.weight" not in rows                        # the family's
+    _, many = batch(model, list(range(10)))
+    assert all(len(span.rows) == 1 for span in input_spans(model, many))    # 50 rows of 48 numbers
+    assert "head.weight" not in [span.names[0] for span in input_spans(model, many)]   # p − e_y sums to zero
+    _, without = batch(model, [1, 1, 3], dtype=torch.float32)
+    few = {n: g for n, g in without.gradients.items() if "mlp.0" not in n}
+    left = input_spans(model, type(without)(few, 3))
+    assert left and not any("mlp.0" in name for span in left for name in span.names)
+
+
+def test_the_jacobian_is_that_of_differences():
+    model = small().double()
+    x, update = batch(model.float(), [1, 3])
+    suspect = Suspect(model, update)
+    c = suspect.draw(torch.Generator().manual_seed(0))
+    units = suspect.units(suspect.image(c), suspect.deep)
+    f = lambda c: suspect.residual(c, suspect.deep, units)
+    d = torch.randn(c.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    by_difference = (f(c + 1e-5 * d) - f(c - 1e-5 * d)) / 2e-5
+    torch.testing.assert_close(jacobian(f, c, chunk=3).mT @ d.flatten(), by_difference, rtol=1e-5, atol=1e-5 * by_difference.norm().item())
+
+
+@pytest.mark.parametrize("init", [init_torch, init_timm], ids=["torch", "timm"])
+def test_two_images_of_one_class_come_back_with_their_labels_and_the_foretold_error(init):
+    model = small(init=init)
+    x, update = batch(model, [4, 4])
+    answer, = spans(model, [update])
+    score, labels = paired(answer, x)
+    assert score.min() > 100 and labels == [4, 4] and answer.verdict == "exact"
+    error = (answer.images[best_assignment(answer.images, x)] - x).square().mean().sqrt().item()
+    assert answer.error / 10 < error < 10 * answer.error
+    assert [(s.name, s.rank, s.expected_rank) for s in answer.systems] == [
+        ("patches", 8, 8), ("tokens", 9, 9), ("subspace", 4, 8), ("spans", 16, 16), ("images", 2, 2)]
+    assert answer.systems[-1].relative_residual < 1e-5 and len(answer.history)
+
+
+def test_five_images_of_any_classes_come_back_with_their_labels():
+    model = small()
+    x, update = batch(model, [2, 0, 2, 7, 2])
+    answer, = spans(model, [update])
+    score, labels = paired(answer, x)
+    assert score.min() > 100 and labels == [2, 0, 2, 7, 2] and answer.verdict == "exact"
+
+
+def test_a_label_is_never_needed_and_every_argument_but_model_and_updates_has_a_default():
+    parameters = list(inspect.signature(spans).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["model", "updates"]
+    assert all(p.default is not inspect.Parameter.empty for p in parameters[2:])
+    model = small()
+    x, update = batch(model, [4, 9])
+    bare = type(update)({n: g for n, g in update.gradients.items() if "head" not in n}, 2)
+    answer, = spans(model, [bare])   # not even the classifier's gradient
+    score, labels = paired(answer, x)
+    assert score.min() > 100 and labels == [4, 9]
+
+
+def test_only_the_right_label_lowers_the_rank_and_an_image_of_another_batch_lowers_none():
+    model = small()
+    x, update = batch(model, [4, 9, 4])
+    suspect, server = Suspect(model, update), copy.deepcopy(model).double()
+    for image, label in zip(x.split(1), [4, 9, 4]):
+        assert label_of(suspect, server, update, image, update, range(10)) == label
+        wrong = [y for y in range(10) if y != label]
+        assert label_of(suspect, server, update, image, update, wrong) is None
+    other = batch(model, [4], seed=1)[0]
+    assert label_of(suspect, server, update, other, update, range(10)) is None
+
+
+def test_out_of_time_it_says_how_many_images_are_missing_and_goes_on_from_those_it_has():
+    model = small()
+    x, update = batch(model, [1, 2, 1])
+    nothing, = spans(model, [update], seconds=0.0)
+    assert nothing.verdict == "not-converged" and nothing.reason.startswith("0 of 3 images found")
+    assert nothing.images.shape == (0, 1, 16, 16) and nothing.error == math.inf
+    peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
+    assert peeling.find(60, [0])
+    first, = spans(model, [update], restarts=0, found=[_answer(peeling)])
+    assert first.verdict == "not-converged" and first.reason.startswith("1 of 3 images found")
+    whole, = spans(model, [update], found=[first])
+    assert whole.verdict == "exact" and paired(whole, x)[0].min() > 100
+    assert psnr(whole.images[:1], peeling.images).item() > 100
+
+
+def _answer(peeling):
+    from april_nb.spans import conclude
+    return conclude(peeling)
+
+
+def test_noise_is_foretold_and_never_exact():
+    model = small()
+    x, update = batch(model, [1, 2])
+    for std in (1e-3, 1e-2):
+        answer, = spans(model, [gaussian(update, std, torch.Generator().manual_seed(0), "rms")], restarts=3)
+        assert answer.verdict != "exact"
+        if len(answer.images) == 2:
+            error = (answer.images[best_assignment(answer.images, x)] - x).square().mean().sqrt().item()
+            assert error / 10 < answer.error
+
+
+@pytest.mark.parametrize(["changes", "labels"], [
+    (dict(dropout=0.1), [1, 2]), (dict(depth=1, heads=1), [1, 2]), (dict(), list(range(10)))],
+    ids=["dropout", "one block", "M above C"])
+def test_without_a_condition_of_the_theorem_the_verdict_is_not_exact(changes, labels):
+    model = small(**changes)
+    answer, = spans(model, [batch(model, labels)[1]], steps=15, restarts=2)
+    assert answer.verdict in ("not-unique", "not-converged") and answer.reason
+
+
+def test_one_image_is_theorem_4s():
+    model = small()
+    x, update = batch(model, [3])
+    answer, = spans(model, [update])
+    assert answer.verdict == "exact" and (answer.images - x).abs().max() < 1e-4
+
+
+def test_the_server_keeps_its_model_and_the_generator_its_state():
+    model = small()
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    told = []
+    spans(model, [batch(model, [1, 2])[1]], watch=lambda step, losses, images: told.append((step, images.shape)))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    assert all(p.requires_grad for p in model.parameters()) and torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert [step for step, _ in told] == list(range(len(told))) and told[0][1] == (1, 1, 1, 16, 16)
+
+
+def test_what_the_search_cannot_do_without_is_named():
+    model = small()
+    _, update = batch(model, [0, 1])
+    few = {n: g for n, g in update.gradients.items() if n != "blocks.0.attention.v.weight"}
+    with pytest.raises(MissingGradient, match="attention.v.weight"): spans(model, [type(update)(few, 2)])
