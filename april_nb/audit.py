@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from . import plotting
-from .attacks import ATTACKS, STEPS, check_update, obstacle
+from .attacks import ATTACKS, check_update, obstacle
 from .certificate import System
 from .data import Normalisation, check_pixels
 from .defenses import defense, noise_generator, parts, total_norm
-from .federated import AprilError, MissingGradient, Update, client_update
+from .federated import AprilError, MissingGradient, Update, client_update, generator_of
 from .labels import restore_labels
 from .linear import NotRecoverable
 from .metrics import as_psnr, psnr
@@ -94,14 +94,14 @@ class Case:
     normalisation: Normalisation  # of its images
     truth: Tensor | None = None   # the client's images, normalised, shape (B, channels, H, W), if at hand
     seconds: float = 0.0          # that one gradient takes, once the machine is warm
-    steps: int = STEPS            # of a search that has time enough
+    steps: int | None = None      # of a search that has time enough (default: each search's own)
     seed: int = 0                 # of first guesses and noise
 
 # %% ../nbs/26_audit.ipynb #7f45e91e
 def best_psnr(case, images):
-    """PSNR of the image of the batch that came back best."""
+    """PSNR of the image of the batch that came back best; None if none did."""
     found, truth = (case.normalisation.inverse(x.double()) for x in (images.to(case.truth), case.truth))
-    return max(psnr(found, t.expand_as(found)).max().item() for t in truth)
+    return max(psnr(found, t.expand_as(found)).max().item() for t in truth) if len(found) else None
 
 def finding(case, update, name, seconds=math.inf):
     """Runs one attack of the list and scores it; what keeps it from starting becomes a verdict."""
@@ -121,7 +121,7 @@ def finding(case, update, name, seconds=math.inf):
     foretold = as_psnr(answer.error, case.normalisation)
     return stop(answer.verdict, answer.reason, psnr=None if case.truth is None else best_psnr(case, answer.images),
                 foretold=foretold if foretold > -math.inf else None, seconds=round(time.perf_counter() - start, 3),
-                systems=answer.systems, images=answer.images, ended=not attack.searches or steps >= case.steps, steps=steps)
+                systems=answer.systems, images=answer.images, ended=answer.finished, steps=steps)
 
 FIRST_STEP = 8   # gradients that a search's preparation and first step take the time of
 
@@ -392,7 +392,7 @@ def timed(f):
 def next_round(case, images, labels, budget, name, watch):
     """The audit after a zero classifier was drawn from N(0, 0.02²)."""
     head = case.model.get_parameter(view(case.model).head_weight)
-    drawn = 0.02 * torch.randn(head.shape, generator=torch.Generator().manual_seed(case.seed))
+    drawn = 0.02 * torch.randn(head.shape, generator=generator_of(case.seed))
     with torch.no_grad(): head.copy_(drawn)
     try: return audit(case.model, images, labels, normalisation=case.normalisation, budget=budget, steps=case.steps,
                       seed=case.seed, name=name, watch=watch)
@@ -404,7 +404,8 @@ def time_needed(case, attacks, cures):
     per_step = {f.name: f.seconds / f.steps for f in attacks if f.steps > 1}
     left = [f for tried in (attacks, *(c.findings for c in cures)) if max(f.leak for f in tried) < STOPPED
             for f in tried if not f.ended]
-    return sum((case.steps - f.steps) * per_step.get(f.name, STEP * case.seconds) for f in left)
+    steps = lambda f: max((case.steps or ATTACKS[f.name].steps) - f.steps, 1)
+    return sum(steps(f) * per_step.get(f.name, STEP * case.seconds) for f in left)
 
 STEP = 4   # gradients that a step of a search takes the time of
 
@@ -417,7 +418,7 @@ def audit(
     update: Update | None = None,    # what the client sent (default: a gradient step on the images)
     normalisation: Normalisation | None = None,  # of the model's images (default: what the model says, else ImageNet's)
     budget: float = 30.0,            # seconds for all searches together; closed forms always run
-    steps: int = STEPS,              # of a search that has time enough
+    steps: int | None = None,        # of a search that has time enough (default: each search's own)
     seed: int = 0,                   # of first guesses and noise
     name: str | None = None,         # of the model in the report (default: its class)
     watch: Callable[[str], None] = lambda what: None,  # told what runs

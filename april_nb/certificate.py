@@ -126,6 +126,7 @@ class Reconstruction:
     reason: str                  # why, in one line
     labels: Tensor | None = None # labels that the attack used, shape (B,); None if it needed none
     history: Tensor | None = None # loss at each step of an optimiser; None for a closed form
+    finished: bool = True        # or did its time end it?
 
 def judge(
     systems: tuple[System, ...],  # certificates

@@ -28,9 +28,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
+from scipy.optimize import linear_sum_assignment
 
 from . import plotting
-from .attacks import ATTACKS, STEPS, best_attack, check_update
+from .attacks import ATTACKS, best_attack, check_update
 from .audit import audit, page
 from .bench import bench
 from .certificate import Reconstruction
@@ -40,7 +41,7 @@ from .experiments import EXPERIMENTS, KEY, SAME, TRAININGS, group, run
 from .experiments import PRESETS as SIZES
 from .experiments import device as choose_device
 from .federated import AprilError, client_update, load_update, whole_file
-from .metrics import Score, as_psnr, best_assignment, scores
+from .metrics import Score, as_psnr, scores
 from .models import LIBRARIES, named_model
 from .optimization import PUBLISHED, paper_settings
 from .views import view
@@ -208,25 +209,29 @@ def attacked(method, server, update, format, settings, steps, budget, restarts, 
     if method in PUBLISHED:
         chosen = PUBLISHED[method] if settings == "published" else paper_settings(method, format.steps)
         chosen = replace(chosen, steps=steps or chosen.steps, restarts=restarts)
-    of = chosen.steps if chosen else steps or format.steps
+    of = chosen.steps if chosen else steps or (format.steps if ATTACKS[method].labels else ATTACKS[method].steps)
     def watch(step, losses, images): tell(f"{method} on {format.model}", step + 1, of, losses.median().item())
     return ATTACKS[method](server, [update], labels=None if labels is None else labels[None], seeds=[seed], steps=of,
                            seconds=math.inf if budget is None else budget, settings=chosen, restarts=restarts,
                            box=format.normalisation.box(), watch=watch)[0]
 
 def scored(answer, x, normalisation):
-    """An answer in the order of the client's images, and its scores; as it is, and none, without images."""
+    """An answer in the order of the client's images, and a score for each of these; None for one that was not found."""
     if x is None: return answer, []
-    found = answer.images.to(x).double().expand_as(x)   # a closed form returns one picture, whatever the batch
-    order = best_assignment(found, x)
-    labels = None if answer.labels is None else answer.labels[order]
-    return replace(answer, images=found[order], labels=labels), scores(found, x, normalisation)
+    found = answer.images.to(x).double()
+    if len(found) == 1: found = found.expand_as(x)   # a closed form returns one picture, whatever the batch
+    order, theirs = (torch.from_numpy(i) for i in linear_sum_assignment(torch.cdist(x.flatten(1).double(), found.flatten(1))))
+    rows = dict(zip(order.tolist(), scores(found[theirs], x[order].double(), normalisation) if len(order) else []))
+    labels = None if answer.labels is None else answer.labels[theirs]
+    return replace(answer, images=found[theirs], labels=labels), [rows.get(i) for i in range(len(x))]
 
 def draw(out, answer, private, rows, normalisation):
     """Writes the pictures: with the originals where these are at hand."""
     found = normalisation.inverse(answer.images).cpu()
+    if not len(found): raise AprilError("no image was found, so that there is no picture to write: leave --out away, or give more time")
+    there = [i for i, row in enumerate(rows) if row is not None]
     if private is None: pictures = plotting.gallery({"": found.clamp(0, 1)})
-    else: pictures = plotting.recovered(private, found, [f"{r.psnr:.0f} dB" for r in rows])
+    else: pictures = plotting.recovered(private[there], found, [f"{rows[i].psnr:.0f} dB" for i in there])
     with whole_file(out) as part: part.write_bytes(pictures._repr_png_())
 
 # %% ../nbs/93_cli.ipynb #f35ccb50
@@ -257,20 +262,21 @@ def class_labels(
 
 def summary(
     answer: Reconstruction,  # what the attack said
-    rows: list[Score],       # what it is worth; empty without the truth
+    rows: list[Score | None],  # what it is worth for each image, None for one that was not found; empty without the truth
     foretold: float,         # the certificate's PSNR, in dB
 ) -> dict:                   # for JSON: verdict, mean scores, scores of each image, certificates
-    """The part of a report that comes from an attack and its scores.
+    """The part of a report that comes from an attack and its scores; means are over the images that were found.
 
     Every number is finite; what is unknown is null.
     """
-    mean = lambda key: sum(getattr(r, key) for r in rows) / len(rows) if rows else None
-    labels = [None] * len(answer.images) if answer.labels is None else answer.labels.tolist()
-    worth = [vars(r) for r in rows] or [dict.fromkeys(("mse", "psnr", "ssim"))] * len(answer.images)
+    there, unknown = [r for r in rows if r is not None], dict.fromkeys(("mse", "psnr", "ssim"))
+    mean = lambda key: sum(getattr(r, key) for r in there) / len(there) if there else None
+    labels = iter([None] * len(answer.images) if answer.labels is None else answer.labels.tolist())
+    worth = [(vars(r), next(labels)) if r else (unknown, None) for r in rows] or [(unknown, k) for k in labels]
     return dict(verdict=answer.verdict, reason=answer.reason,
                 foretold_psnr=foretold if foretold > float("-inf") else None,
                 psnr=mean("psnr"), mse=mean("mse"), ssim=mean("ssim"),
-                images=[r | {"label": k} for r, k in zip(worth, labels)],
+                images=[r | {"label": k} for r, k in worth],
                 systems=[vars(s) for s in answer.systems])
 
 def show(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .federated import Update, logits
+from .federated import Update, generator_of, logits
 from .linear import NotRecoverable
 from .views import NotApplicable, View, check_weights, unwrap, view
 
@@ -87,7 +87,7 @@ def public_outlook(
     check_weights(model)
     v = view(model)
     channels, *shape = v.image_shape
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     blobs = [torch.randn(-(-n // 4), channels, side, side, generator=g) for side in (1, 2, 4, 8)]
     x = torch.cat([F.interpolate(b, shape, mode="bilinear") for b in blobs])[:n]
     head = model.get_submodule(v.classifier.rpartition(".")[0])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .data import FORMATS, Format, Normalisation, format_of
-from .federated import AprilError, plain_name
+from .federated import AprilError, generator_of, plain_name
 from .views import check_weights, unwrap, view
 from .vit import PRESETS, ViT, vit
 
@@ -149,7 +149,7 @@ def named_model(
             raise AprilError(f"architecture, initialisation and positions can be chosen for this book's models "
                              f"({', '.join(PRESETS)}), not for {spec}")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(generator_of(seed).initial_seed())
             model = built(library, name, pretrained)
     if weights is not None: load(model, weights)
     channels, height, width = view(model).image_shape

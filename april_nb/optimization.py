@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .certificate import Reconstruction
-from .federated import AprilError, MissingGradient, Update
+from .federated import AprilError, MissingGradient, Update, generator_of
 from .labels import restore_labels
 from .matching import Matcher, Shares
 from .views import View
@@ -177,7 +177,7 @@ def match(
                               "it is fixed or withheld; take dlg, ig or tag, which match whatever was sent")
     shape, device = (matcher.examples, *matcher.view.image_shape), matcher.target.device
     normal = lambda generator, *size: torch.randn(size, generator=generator, dtype=dtype)
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    generators = [generator_of(s) for s in seeds]
     if start is None: start = lambda g: settings.start * normal(g, *shape)
     x = torch.stack([start(g) for g in generators]).to(device, dtype).requires_grad_()
     y, free = None, [x]
@@ -249,7 +249,7 @@ def conclude(
         if distance == math.inf:
             reason = ("the client withheld or zeroed the gradients nearest to the pixels: "
                       "a match of the others says nothing of the image")
-        answers.append(Reconstruction(x, (), float("inf"), verdict, stopped + reason, y.cpu(), past.cpu()))
+        answers.append(Reconstruction(x, (), float("inf"), verdict, stopped + reason, y.cpu(), past.cpu(), made >= steps))
     return answers
 
 CLOSE = 1e-3   # relative squared distance below which gradients are said to match

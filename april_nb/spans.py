@@ -21,7 +21,7 @@ from torch.func import jvp, vmap
 from torch.nn import functional as F
 
 from .certificate import EXACT, Reconstruction, System, rank_tolerance
-from .federated import Update, client_update, gradients
+from .federated import Update, client_update, generator_of, gradients
 from .optimization import RESTART
 from .separation import Family, family
 from .subspace import EXPLAINED, RowSpace, equations, evened, row_space, subspace_leakage
@@ -101,7 +101,7 @@ class Span:
         a: Tensor,  # inputs, shape (n, C)
     ) -> Tensor:    # standard deviation of the entries of each input's residual, shape (n, 1)
         """How far inputs that are in the span seem to lie outside of it, for the gradient's errors."""
-        by_space = self.space.noise * self.space.error(a.mT).norm(dim=0)
+        by_space = self.space.error(a.mT).norm(dim=0)
         by_rounding = self.eps * a.square().mean().sqrt()
         return torch.hypot(by_space, by_rounding)[:, None]
 
@@ -113,7 +113,7 @@ def rehearse(
 ) -> tuple[Tensor, Update]:  # images, shape (B + 1, channels, H, W); the update of all but the last, in float64
     """A round that the attacker plays with herself: what would a client send of so many images of noise?"""
     v = view(model)
-    g = torch.Generator().manual_seed(seed)
+    g = generator_of(seed)
     x = torch.randn(images + 1, *v.image_shape, generator=g, dtype=torch.double)
     y = torch.arange(images) % len(v.weights[v.classifier])
     return x, client_update(copy.deepcopy(model).double().eval(), x[:-1], y)
@@ -353,7 +353,7 @@ def certify(
     variance, inputs = 0.0, suspect.inputs(suspect.image(c), spans)
     parts = inverse.split([len(span.rows) * span.rest.shape[1] for span in spans], 1)
     for part, span, unit, a in zip(parts, spans, units, inputs):
-        turned = span.space.noise * span.space.error(a.mT) / unit[:, 0]   # shape (M, n)
+        turned = span.space.error(a.mT) / unit[:, 0]   # shape (M, n)
         turned = torch.cat([turned, torch.diag(span.eps * a.square().mean().sqrt() / unit[:, 0])])
         part = part.unflatten(1, (len(span.rows), -1))
         variance += ((turned.mT @ turned) @ part * part).sum().item()
@@ -420,7 +420,7 @@ class Peeling:
                 self.history.append(fit)
                 self.told(fit, torch.cat([self.images, suspect.image(c)]))
                 return not self.late
-            c, fit = search(suspect, torch.Generator().manual_seed(seed), steps, told)
+            c, fit = search(suspect, generator_of(seed), steps, told)
             if self.late: return
             if fit < ARRIVED: yield suspect, suspect.image(c)
 
@@ -458,7 +458,7 @@ def linear_error(
     e = equations(view, update)
     solved, X = e.solve(update.dtype), to_patches(images, view.patch).flatten(0, 1)
     by_tokens = solved.noise * solved.gain / len(e.patches.basis) ** 0.5
-    return math.hypot(by_tokens, e.patches.noise * e.patches.error(X.mT).norm().item() / len(X) ** 0.5)
+    return math.hypot(by_tokens, e.patches.error(X.mT).norm().item() / len(X) ** 0.5)
 
 # %% ../nbs/23_spans.ipynb #e75f634f
 def conclude(
@@ -484,12 +484,13 @@ def conclude(
     elif len(finds) < B:
         verdict = "not-converged"
         reason = f"{len(finds)} of {B} images found; more time or other first guesses go on from here"
-    elif left > explained: 
+    elif left > explained:
         reason = f"foretold error {error:.1e}; the images leave {left:.0e} of the update unexplained, more than rounding"
     elif not error < EXACT: reason = f"foretold error {error:.1e} of a pixel's standard deviation"
     else: verdict, reason = "exact", f"foretold error {error:.1e}; {left:.0e} of the update is left unexplained"
     labels = torch.tensor([find.label for find in finds], dtype=torch.long)
-    return Reconstruction(peeling.images, systems, error, verdict, reason, labels, torch.tensor(peeling.history))
+    return Reconstruction(peeling.images, systems, error, verdict, reason, labels, torch.tensor(peeling.history),
+                          len(finds) == B or not peeling.late)
 
 # %% ../nbs/23_spans.ipynb #fa7f9f18
 def peel(

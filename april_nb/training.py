@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .federated import AprilError
+from .federated import AprilError, generator_of
 from .optimization import SCHEDULES
 
 # %% ../nbs/89_training.ipynb #7b42dae0
@@ -51,10 +51,10 @@ def train(
     steps, step = epochs * math.ceil(len(images) / batch), 0
     rule = OPTIMISERS[optimiser](list(parameters.values()), lr=lr)
     decay = torch.optim.lr_scheduler.LambdaLR(rule, lambda t: SCHEDULES[schedule](t / steps))
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     model.train()
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(generator.initial_seed())
         for _ in range(epochs):
             for ids in torch.randperm(len(images), generator=generator).to(images.device).split(batch):
                 loss = F.cross_entropy(model(images[ids]), labels[ids])
