@@ -141,7 +141,7 @@ def obstacle(
         lost = [n for n in named[part] if n not in update.gradients]
         if part == "positions" and lost and not view.learns_positions: return "fixed positions have no gradient to send"
         if lost and part not in attack.spares: return f"the gradient of {lost[0]!r} was not sent"
-    if attack.labels and view.head_weight is None: return "this model has no classifier: its update holds no label"
+    if attack.labels and view.head_weight is None: return view.no_classifier
     if attack.labels and view.head_weight not in update.gradients: return "the classifier's gradient was not sent"
     if attack.searches and not few <= update.examples <= many:
         return f"for {'one image' if many == 1 else f'{few} images or more'}, and the update holds {update.examples}"
@@ -165,7 +165,7 @@ def prediction_gap(view, update):
     """‖softmax(W h + b) − e_y − ∇b‖ / ‖∇b‖ for one image, h = ∇W_i / ∇b_i; `None` where it is not defined."""
     if view.head_weight not in update.gradients or view.head_bias not in update.gradients: return None
     grad_W, grad_b = view.gradient(update, view.head_weight), view.gradient(update, view.head_bias)
-    if update.examples > 1 or update.local_steps > 1 or not grad_b.any(): return None
+    if update.examples > 1 or update.local_steps > 1 or len(view.classifiers) > 1 or not grad_b.any(): return None
     i, y = grad_b.abs().argmax(), grad_b.argmin()
     p = (view.weight(view.head_weight) @ (grad_W[i] / grad_b[i]) + view.weight(view.head_bias)).softmax(0)
     p[y] -= 1

@@ -31,7 +31,7 @@ from .linear import NotRecoverable
 from .metrics import as_psnr, psnr
 from .models import normalisation_of
 from .privacy import exact_epsilon
-from .views import Check, NotApplicable, View, check_view, view
+from .views import Check, NotApplicable, View, check_view, unwrap, view
 
 # %% ../nbs/26_audit.ipynb #026669ca
 @dataclass(frozen=True)
@@ -439,6 +439,7 @@ def audit(
     AprilError
         If neither images nor an update are given, or they do not fit the model.
     """
+    model = unwrap(model)
     v, name = view(model), name or type(model).__name__
     if images is None and update is None: raise AprilError("give images, an update, or both")
     checks = check_view(model)

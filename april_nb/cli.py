@@ -157,8 +157,8 @@ def attack(
     status = Console(stderr=True, force_jupyter=False).status
     where, sent = choose_device(device), getattr(torch, dtype.value)
     with status("building the model"):
-        named = named_model(model, weights, seed, pretrained=pretrained, arch=arch.value, init=init.value,
-                            positions=positions.value)
+        shape = dict(arch=arch.value, init=init.value, positions=positions.value) if is_ours(model) else {}
+        named = named_model(model, weights, seed, pretrained=pretrained, **shape)
         computed, format = torch.float64 if sent == torch.float64 else torch.float32, named.format
         clients = named.model.to(where, computed)
         if know == Know.shared and not view(clients).learns_positions: know = Know.withheld
@@ -333,7 +333,7 @@ def audit_command(
     if html and not (html.suffix == ".html" and html.parent.is_dir()):
         raise AprilError(f"--html needs a .html file in an existing folder, not {html}")
     with Console(stderr=True, force_jupyter=False).status("building the model") as status:
-        named = named_model(model, weights, seed, pretrained=pretrained, init="timm")
+        named = named_model(model, weights, seed, pretrained=pretrained)
         sent = None if update is None else load_update(update)
         private = read_private(images, named.format, played=sent is None)
         truth = None if private is None else class_labels(label, len(private), classes_of(named.model))
