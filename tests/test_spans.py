@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from torchvision.models import VisionTransformer
 
 from april_nb.defenses import gaussian
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
-from april_nb.spans import Peeling, Suspect, certify, input_spans, jacobian, label_of, spans
+from april_nb.spans import Peeling, Suspect, conclude, input_spans, jacobian, label_of, spans
+from april_nb.views import view
 from april_nb.vit import ViT, init_timm, init_torch, to_patches
 
 
@@ -132,16 +134,11 @@ def test_out_of_time_it_says_how_many_images_are_missing_and_goes_on_from_those_
     assert nothing.images.shape == (0, 1, 16, 16) and nothing.error == math.inf
     peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
     assert peeling.find(60, [0])
-    first, = spans(model, [update], restarts=0, found=[_answer(peeling)])
+    first, = spans(model, [update], restarts=0, found=[conclude(peeling)])
     assert first.verdict == "not-converged" and first.reason.startswith("1 of 3 images found")
     whole, = spans(model, [update], found=[first])
     assert whole.verdict == "exact" and paired(whole, x)[0].min() > 100
     assert psnr(whole.images[:1], peeling.images).item() > 100
-
-
-def _answer(peeling):
-    from april_nb.spans import conclude
-    return conclude(peeling)
 
 
 def test_noise_is_foretold_and_never_exact():
@@ -187,3 +184,28 @@ def test_what_the_search_cannot_do_without_is_named():
     _, update = batch(model, [0, 1])
     few = {n: g for n, g in update.gradients.items() if n != "blocks.0.attention.v.weight"}
     with pytest.raises(MissingGradient, match="attention.v.weight"): spans(model, [type(update)(few, 2)])
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "transformers"])
+def test_other_libraries_models_give_their_batches_away(library):
+    if library == "torchvision":
+        model = VisionTransformer(image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=64, mlp_dim=96, num_classes=10)
+        torch.nn.init.normal_(model.heads.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    elif library == "timm":
+        timm = pytest.importorskip("timm")
+        model = timm.models.vision_transformer.VisionTransformer(img_size=16, patch_size=8, embed_dim=64, depth=3, num_heads=2,
+                                                                 num_classes=10)
+    else:
+        transformers = pytest.importorskip("transformers")
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, image_size=16, patch_size=8,
+            num_labels=10))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1: p.normal_(std=p.shape[-1] ** -0.5 if p.ndim == 2 else 0.1, generator=generator)
+    x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.double)
+    update = client_update(model, x.float(), torch.tensor([1, 1]), withheld=(view(model).positions,))
+    answer, = spans(model, [update])
+    score, labels = paired(answer, x)
+    assert score.min() > 90 and labels == [1, 1]
