@@ -169,7 +169,7 @@ def family_of(
     return Family(f.R, solved.X, torch.linalg.svd(e.K).Vh[P:].mT, (*f.systems[:2], solved.system))
 
 # %% ../nbs/23_spans.ipynb #0fe58fe0
-DEEP = 6   # layers of which a found image is polished, for the model's first two blocks or so
+DEEP = 4   # layers on which a found image is polished: more cost more and add little
 
 class Suspect:
     """One candidate image, and how far what every layer reads of it lies outside that layer's span."""
@@ -275,8 +275,9 @@ def descend(
         gained, foretold = cost - new.square().sum(), -(2 * step @ g + step @ A @ step)
         damping = max(damping * max(0.1, 1 - (2 * (gained / foretold).item() - 1) ** 3), 1e-15)
         c, r, growth = c + step.view_as(c), new, 2.0
-        slow = slow + 1 if (gained / cost).item() < 2 * STALL else 0
-        size = r.square().mean().sqrt().item()
+        left, size = JT @ r, r.square().mean().sqrt().item()
+        promised = left @ torch.cholesky_solve(left[:, None], L)[:, 0]   # what one more such step could gain
+        slow = slow + 1 if min(gained / cost, promised / r.square().sum()) < 2 * STALL else 0
         if not told(c, size) or slow == 2 or slow and size < ARRIVED: break
     return c, r, JT
 
