@@ -12,6 +12,7 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FALLEN', 'Heard', 'Enough', 'Listener', 
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -117,9 +118,9 @@ def rehearse(
 ) -> tuple[Tensor, Update]:  # images, shape (B + 1, channels, H, W); the update of all but the last, in float64
     """A round that the attacker plays with herself: what would a client send of so many images of noise?"""
     v = view(model)
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(images + 1, *v.image_shape, generator=g, dtype=torch.double)
-    y = torch.arange(images) % len(v.weights[v.classifier])
+    head, g = v.weights[v.classifier], torch.Generator().manual_seed(seed)
+    x = torch.randn(images + 1, *v.image_shape, generator=g, dtype=torch.double).to(head.device)
+    y = torch.arange(images, device=head.device) % len(head)
     return x, client_update(copy.deepcopy(model).double().eval(), x[:-1], y)
 
 # %% ../nbs/23_spans.ipynb #fe96dde8
@@ -200,7 +201,7 @@ class Suspect:
         """A first guess: coordinates of such a size that patches have the variance of normalised pixels."""
         D, known = len(self.family.R), self.family.h.square().sum(0).mean().item()
         size = (max(D - known, D / 4) / max(self.shape[0], 1)) ** 0.5
-        return size * torch.randn(self.shape, generator=generator, dtype=torch.double)
+        return size * torch.randn(self.shape, generator=generator, dtype=torch.double).to(self.family.h.device)
 
     def image(
         self,
@@ -245,7 +246,9 @@ def jacobian(
     """The Jacobian by forward differentiation, a chunk of directions at a time."""
     push = vmap(lambda direction: jvp(f, (c,), (direction,))[1])
     basis = torch.eye(c.numel(), dtype=c.dtype, device=c.device).unflatten(1, c.shape)
-    return torch.cat([push(part) for part in basis.split(chunk)])
+    with warnings.catch_warnings():   # PyTorch's forward derivatives warn of a deprecated part of their own
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.cat([push(part) for part in basis.split(chunk)])
 
 # %% ../nbs/23_spans.ipynb #30ad914d
 ARRIVED = 10.0 # a residual of this many times what errors explain: at the truth, give or take their estimate
