@@ -11,6 +11,7 @@ from april_nb.closed_form import closed_form
 from april_nb.experiments import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
+from april_nb.privacy import noise_for
 from april_nb.subspace import subspace_leakage
 from april_nb.vit import from_patches, to_patches, vit
 
@@ -134,3 +135,18 @@ def test_how_secret_a_table_trained_at_home_is_depends_on_how_large_it_was():
     text = prose("19_positions")
     assert "updating $\\nabla E_{pos}$ only on local client without transmission" in text
     assert "must have been of the third kind" not in text
+
+
+def test_chapter_18_reads_its_bound_as_an_upper_bound():
+    text = prose("18_privacy")
+    assert "no number of steps goes below" not in text and "It is an upper bound" in text
+    assert "does not fall with the number of steps, and where every client must guard itself against the server it is $\\sqrt n$ times as high" in text
+
+
+def test_the_mean_of_local_noises_is_larger_than_one_central_noise_by_the_root_of_the_crowd():
+    n, T, S = 64, 10, 1.0
+    z = noise_for(1.0, 1e-5, T)
+    central = z * 2 * S / n                       # on the mean, by a trusted server: Δ = 2S / n
+    g = torch.Generator().manual_seed(0)
+    each = z * 2 * S * torch.randn(n, 100_000, dtype=torch.double, generator=g)   # Δ = 2S for what a client sends
+    assert each.mean(0).std().item() == pytest.approx(n ** 0.5 * central, rel=0.02)
