@@ -101,7 +101,7 @@ class Arm:
     batch: int = 1             # images in one update
     classes: str = ""          # of a batch: "distinct", "pair" (two of one), "random"; default: the sample's order
     steps: int | None = None   # of a search (default: the settings')
-    restarts: int = 1          # first guesses of a search for each batch
+    restarts: int = 1          # first guesses of a search for each batch, or for each of its images
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
     attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
@@ -137,7 +137,7 @@ class Arm:
         """What is the same in all rows of the arm."""
         chosen, attack = self.matching(), ATTACKS[self.method]
         labels = "optimised" if chosen and chosen.soft_labels else self.labels if attack.labels else "none"
-        steps = chosen.steps if chosen else self.steps if attack.searches else 0
+        steps = chosen.steps if chosen else self.steps or attack.steps if attack.searches else 0
         positions = self.positions if self.know == "shared" else f"{self.positions}/{self.know}"
         return dict(dataset=name_of_data(self.dataset), arch=self.arch, method=self.method, settings=self.settings,
                     seed=seed, steps=steps, labels=labels, positions=positions,
@@ -213,6 +213,10 @@ def least_loss(answer):
     if answer.history is not None: return answer.history.nan_to_num(torch.inf).min().item()
     return max((s.relative_residual for s in answer.systems), default=0.0)
 
+def all_of(found, truth):
+    """As many images as there are; a grey one stands for each that was not found."""
+    return torch.cat([found.to(truth), torch.zeros_like(truth[len(found):])])
+
 def defended(arm, server, update, seed):
     """The update after the arm's defences; a client draws its noise from one generator."""
     generator = noise_generator(seed)
@@ -274,7 +278,7 @@ def attack_slice(
             for steps, guesses, losses, verdicts in found
             for members, guess, truth, loss, verdict
             in zip(batches(ids, arm.batch), guesses, x, losses, verdicts)
-            for i, score in zip(members, scores(guess.to(truth), truth, images.format.normalisation))]
+            for i, score in zip(members, scores(all_of(guess, truth), truth, images.format.normalisation))]
 
 # %% ../nbs/91_experiments.ipynb #1152653f
 BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
@@ -335,6 +339,14 @@ def batch_arms(preset):
                                  (8, "random", 800), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
+
+def span_arms(preset):
+    """Theorem 5: batches without labels and without position gradients, CIFAR-10 on architecture B (chapter 23)."""
+    n = {"quick": 1, "paper": 10}[preset]
+    kinds = {"quick": [(2, "pair")], "paper": [(2, "pair"), (4, "random"), (8, "random")]}[preset]
+    for init in {"quick": ("torch",), "paper": ("torch", "timm")}[preset]:
+        for batch, classes in kinds:
+            yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, restarts=10, know="withheld"), n * batch
 
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
@@ -434,7 +446,7 @@ def tuning_arms(preset):
 EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms,
                "fig2": figure2_arms, "fig3": figure3_arms,
                "fig4": figure4_arms, "fig5": width_arms, "fig6": figure6_arms, "fig8": figure8_arms,
-               "noise-price": price_arms, "patch": patch_arms, "sensitivity": sensitivity_arms,
+               "noise-price": price_arms, "patch": patch_arms, "sensitivity": sensitivity_arms, "spans": span_arms,
                "subspace": subspace_arms, "table1": table1_arms, "tuning": tuning_arms}
 SAME = {"fig7": "fig8"}   # the paper's Figure 7 shows pictures of the runs whose curves are Figure 8
 
