@@ -80,7 +80,7 @@ class Finding:
 
     @property
     def leak(self) -> float:
-        """How good a picture the attacker has, in dB: by the truth, else by the certificate.
+        """PSNR of the picture that the attacker has by the truth, else by the certificate.
 
         A match of gradients that nobody can score counts as a picture of `STOPPED`; nothing found counts 0.
         """

@@ -191,7 +191,7 @@ class Suspect:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the coordinates c: (k, P)."""
+        """Shape of the coordinates c, (k, P)."""
         return self.family.Q.shape[1], self.family.h.shape[1]
 
     def draw(

@@ -87,7 +87,7 @@ class View:
 
     @property
     def classifiers(self) -> list[str]:
-        """Modules whose mean output is the scores: the classifier, and with distillation a second one."""
+        """The modules whose mean output is the scores, with distillation a second classifier beside the first."""
         if self.head_weight is None: return []
         size = self.weights[self.head_weight].shape
         second = [n for n, w in self.weights.items() if SECOND.search(n) and w.shape == size]
