@@ -209,3 +209,13 @@ def test_other_libraries_models_give_their_batches_away(library):
     answer, = spans(model, [update])
     score, labels = paired(answer, x)
     assert score.min() > 90 and labels == [1, 1]
+
+
+def test_steps_by_products_arrive_where_exact_steps_do_but_have_no_certificate(monkeypatch):
+    model = small()
+    x, update = batch(model, [1, 4])
+    monkeypatch.setattr("april_nb.spans.FORMED", 0)
+    answer, = spans(model, [update])
+    score, labels = paired(answer, x)
+    assert score.min() > 90 and labels == [1, 4]
+    assert answer.verdict == "approximate" and "too large" in answer.reason
