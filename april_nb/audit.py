@@ -228,9 +228,9 @@ def defended(
     return update
 
 # %% ../nbs/26_audit.ipynb #7b260a89
-def worst_draw(case, update, specs, draws):
+def worst_draw(case, update, specs):
     """Labels and every closed form under several draws of noise: of each attack its best."""
-    drawn = [list(closed(case, defended(case, update, specs, d))) for d in range(draws)]
+    drawn = [list(closed(case, defended(case, update, specs, d))) for d in range(DRAWS)]
     return [max(same, key=lambda f: f.leak) for same in zip(*drawn)]
 
 def enough_noise(case, update, mechanism):
@@ -241,11 +241,11 @@ def enough_noise(case, update, mechanism):
     low, high = 0, len(grid)
     while low < high:   # less noise leaks more
         middle = (low + high) // 2
-        leaks = any(f.leak >= STOPPED for f in worst_draw(case, few, mechanism(grid[middle], update)[0], 1))
+        leaks = any(f.leak >= STOPPED for f in closed(case, defended(case, few, mechanism(grid[middle], update)[0])))
         low, high = (middle + 1, high) if leaks else (low, middle)
     for r in grid[high:]:   # the whole update draws other noise, and several times
         specs, ε = mechanism(r, update)
-        left = worst_draw(case, update, specs, DRAWS)
+        left = worst_draw(case, update, specs)
         if all(f.leak < STOPPED for f in left): return specs, ε, left
     return None
 
@@ -269,7 +269,9 @@ def cures(case, update, found, seconds, watch):
     waiting = sum(not solved(left) for *_, left in tried)
     for action, specs, ε, left in tried:
         watch(f"searches after: {action}")
-        after, share = defended(case, update, specs), 0.0 if solved(left) else seconds / waiting
+        share = 0.0 if solved(left) else seconds / waiting
+        noisy, idle = not specs[0].startswith("withhold"), share < FIRST_STEP * case.seconds
+        after = update if noisy and idle else defended(case, update, specs)   # no search will read the noise
         rest = list(searched(case, after, share))
         if not solved(left): seconds, waiting = max(seconds - sum(f.seconds for f in rest), 0.0), waiting - 1
         kept = sum(g.numel() for g in after.gradients.values()) / total
