@@ -179,7 +179,7 @@ class Suspect:
         model: nn.Module,  # the server's model
         update: Update,    # what the client sent
     ):
-        self.view, self.images = view(model), update.examples
+        self.view = view(model)
         self.family, self.spans = family_of(self.view, update), input_spans(model, update, DEEP + 2)
         self.listeners = {t: Listener(model, update.gradients, t) for t in (torch.float64, torch.float32)}
         normed = [i for i, span in enumerate(self.spans) if span.normed] or [0]
@@ -580,13 +580,16 @@ def conclude(
         reason = f"the layers' spans give {peeling.whole.equations} equations for {k * P} unknowns of an image"
     elif not tokens.unique and (len(finds) < B or left > explained):
         verdict = "not-unique"
-        reason = f"{len(finds)} of {B} images found; the tokens system has rank {tokens.rank} for {tokens.expected_rank}"
+        reason = (f"{len(finds)} of {B} images found; the tokens system has rank {tokens.rank} "
+                  f"for {tokens.expected_rank}")
     elif len(finds) < B:
         verdict = "not-converged"
         reason = f"{len(finds)} of {B} images found; more time or other first guesses go on from here"
-    elif left > explained: 
-        reason = f"foretold error {error:.1e}; the images leave {left:.0e} of the update unexplained, more than rounding"
-    elif len(formed) < B: reason = f"{left:.0e} of the update is left unexplained; Jacobians too large for a certificate"
+    elif left > explained:
+        reason = (f"foretold error {error:.1e}; the images leave {left:.0e} of the update unexplained, "
+                  "more than rounding")
+    elif len(formed) < B:
+        reason = f"{left:.0e} of the update is left unexplained; the Jacobians are too large to be formed and certified"
     elif not error < EXACT: reason = f"foretold error {error:.1e} of a pixel's standard deviation"
     else: verdict, reason = "exact", f"foretold error {error:.1e}; {left:.0e} of the update is left unexplained"
     labels = torch.tensor([find.label for find in finds], dtype=torch.long)
