@@ -149,7 +149,8 @@ def searched(case, update, seconds):
     """Every search of the list, in its order, within so many seconds; after a picture the others need not start."""
     names, leaks = [name for name, attack in ATTACKS.items() if attack.searches], False
     for name in names:
-        f = finding(case, update, name, 0.0 if leaks else seconds if name == names[-1] else seconds / 2)
+        last = name == names[-1] or seconds / 2 < FIRST_STEP * case.seconds   # half would not do for a first step
+        f = finding(case, update, name, 0.0 if leaks else seconds if last else seconds / 2)
         leaks = leaks or f.leak >= STOPPED
         if leaks and not f.ended and not f.steps: f = replace(f, reason="not started: this update leaks a picture already")
         seconds = max(seconds - f.seconds, 0.0)
