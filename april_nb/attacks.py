@@ -103,12 +103,12 @@ def searching(title, theorem, run, reads=(), spares=(), images=(1, math.inf), la
 
 # %% ../nbs/24_attacks.ipynb #d19a81ad
 ATTACKS = {   # by the name that `--method` takes
-    "closed-form": Attack("Algorithm 1", "Theorems 1 and 2", solving(closed_form), ("positions", "block")),
-    "patch": Attack("Theorem 3", "Theorem 3", solving(patch_leakage), ("positions", "patch")),
+    "closed-form": Attack("Alg. 1", "Theorems 1 and 2", solving(closed_form), ("positions", "block")),
+    "patch": Attack("Thm 3", "Theorem 3", solving(patch_leakage), ("positions", "patch")),
     "ridge": Attack("Ridge", "Theorem 3, expecting noise", solving(ridge_leakage), ("positions", "patch")),
-    "subspace": Attack("Theorem 4", "Theorem 4", solving(subspace_leakage), ("patch", "block"), ("patch",)),
-    "spans": searching("Theorem 5", "Theorem 5", spanning, ("patch", "block"), ("patch",), (2, math.inf), labels=False, steps=60),
-    "separate": searching("Batch in the span", "Theorem 4, then a search", separating, ("patch", "block"), ("patch",), (2, math.inf)),
+    "subspace": Attack("Thm 4", "Theorem 4", solving(subspace_leakage), ("patch", "block"), ("patch",)),
+    "spans": searching("Thm 5", "Theorem 5", spanning, ("patch", "block"), ("patch",), (2, math.inf), labels=False, steps=60),
+    "separate": searching("Separated", "Theorem 4, then a search", separating, ("patch", "block"), ("patch",), (2, math.inf)),
     "refine": searching("Refined", "Theorem 4, then a search", refining, ("patch", "block"), ("patch",), (1, 1)),
     "tag": searching("TAG", "a search", matching("tag")),
     "april": searching("APRIL", "a search", matching("april"), ("positions",)),
