@@ -27,7 +27,11 @@ from .subspace import refine, subspace_leakage
 from .views import NotApplicable, View, check_weights, view
 
 # %% ../nbs/24_attacks.ipynb #6a9ab129
-def quiet(step, losses, images):
+def quiet(
+    step: int,       # number of the step, from 0
+    losses: Tensor,  # shape (N,)
+    images: Tensor,  # the guesses, shape (N, B, channels, H, W)
+) -> None:
     """Watches a search and says nothing."""
 
 @dataclass(frozen=True)
@@ -241,7 +245,8 @@ def best_attack(
         try: answer, = attack(model, [update])
         except (NotApplicable, MissingGradient, NotRecoverable) as error: why[name] = str(error)
         else: found[name] = answer
-    trusted = {n: a.error for n, a in found.items() if a.verdict in ("exact", "approximate") and a.error < math.inf}
+    trusted = {n: (a.verdict != "exact", a.error) for n, a in found.items()
+               if a.verdict in ("exact", "approximate") and a.error < math.inf}
     if trusted:
         name = min(trusted, key=trusted.get)
         return name, "of the closed forms with a unique answer the one that foretells the least error"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Model', 'Arch', 'Init', 'Positions', 'Know', 'Labels', 'Preset', 'Size', 'DType', 'app', 'UsageError', 'INTERRUPTED',
-           'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'audit_command', 'run_command',
-           'bench_command', 'main']
+           'Output', 'about', 'attack', 'progress_bar', 'class_labels', 'summary', 'show', 'audit_command',
+           'run_command', 'bench_command', 'main']
 
 # %% ../nbs/93_cli.ipynb #88dd0b3a
 #| code-fold: true
@@ -57,6 +57,11 @@ Labels = Enum("Labels", {name: name for name in ("restored", "known")}, type=str
 Preset = Enum("Preset", {name: name for name in ("paper", "published")}, type=str)
 Size = Enum("Size", {name: name for name in SIZES}, type=str)
 DType = Enum("DType", {name: name for name in ("float64", "float32", "bfloat16", "float16")}, type=str)
+
+class Output(Console):
+    """Standard output; where its reader has gone, rich alone would end the process without a word."""
+    def __init__(self, **options): super().__init__(force_jupyter=False, color_system=None, **options)
+    def on_broken_pipe(self) -> None: raise BrokenPipeError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -135,7 +140,7 @@ def attack(
     defenses: Annotated[list[str] | None, typer.Option(
         "--defense", metavar="NAME[:VALUE]", show_default=False,
         help=f"what the client does before it sends; repeat to compose: {', '.join(EXAMPLES.values())}")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     out: Annotated[Path | None, typer.Option(
         metavar="F.png", help="write original, reconstruction and difference", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -284,7 +289,7 @@ def show(
     out: Path | None,  # where the picture went, if anywhere
 ) -> None:
     """Prints a report for people."""
-    console = Console(force_jupyter=False, color_system=None, soft_wrap=True, highlight=False)
+    console = Output(soft_wrap=True, highlight=False)
     how = ", ".join(filter(None, (
         report["arch"] and f"architecture {report['arch']}", f"{report['weights']} weights",
         report["init"] and f"{report['init']} initialisation", report["positions"] and f"{report['positions']} positions",
@@ -358,7 +363,7 @@ def run_command(
         min=1, metavar="N", help="of gradient matching (default: the settings')", show_default=False)] = None,
     preset: Annotated[Size, typer.Option(help="size of the run")] = Size.quick,
     seed: Annotated[int, typer.Option(help="of the weights and first guesses")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     results: Annotated[Path, typer.Option(help="folder of the rows")] = Path("results"),
 ) -> None:
     """Makes the rows of one of the book's experiments, where they are not there yet.
@@ -379,7 +384,7 @@ def run_command(
         table.add_row(first["dataset"], first["arch"], first["method"], how, str(first["steps"]), str(len(same)),
                       f"{median('mse'):.2e}", f"{median('psnr'):.1f}",
                       ", ".join(f"{v} {k}" for k, v in verdicts.items()))
-    Console(force_jupyter=False, color_system=None, width=150).print(table)
+    Output(width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #437e6cc7
 def show_trainings(rows, path):
@@ -390,7 +395,7 @@ def show_trainings(rows, path):
         last = [runs[-1]["accuracy"] for runs in group(same, "seed").values()]   # rows are in order of steps
         table.add_row(dataset, f"{kind:g}" if what == "noise" else kind, config, str(len(last)),
                       f"{statistics.mean(last):.1%} ({min(last):.1%} to {max(last):.1%})")
-    Console(force_jupyter=False, color_system=None, width=150).print(table)
+    Output(width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #d92b278a
 @app.command("bench")
@@ -399,7 +404,7 @@ def bench_command(
     arch: Annotated[Arch, typer.Option(help="the paper's architecture")] = Arch.B,
     victims: Annotated[list[int], typer.Option(
         min=1, metavar="N", help="how many at once; repeat for more rows")] = [1, 4, 16, 64],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
     """Times the matching engine against the plain autograd step."""
@@ -415,7 +420,7 @@ def bench_command(
         milliseconds = (f"{1e3 * r[key]:.1f}" for key in ("autograd_seconds", "engine_seconds"))
         table.add_row(str(r["victims"]), *milliseconds, f"{r['speedup']:.1f}",
                       f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
-    Console(force_jupyter=False, color_system=None).print(table)
+    Output().print(table)
 
 # %% ../nbs/93_cli.ipynb #6ac58291
 UsageError = typer.BadParameter.__base__   # of typer's own click, or of the installed one that it uses

@@ -347,6 +347,8 @@ def span_arms(preset):
     for init in {"quick": ("torch",), "paper": ("torch", "timm")}[preset]:
         for batch, classes in kinds:
             yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, restarts=10, know="withheld"), n * batch
+    large = Arm("photos", "B", "spans", batch=4, classes="distinct", restarts=10, model={"patch": 32}, know="withheld")
+    yield large, {"quick": 0, "paper": 4}[preset]   # a ViT-B/32 on photographs of 224 × 224
 
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'FALLEN', 'Heard', 'Enough', 'Listener', 'Span', 'rehearse', 'input_spans',
-           'family_of', 'Suspect', 'jacobian', 'Formed', 'Products', 'descend', 'search', 'share', 'without',
-           'label_of', 'Find', 'certify', 'polish', 'Peeling', 'linear_error', 'conclude', 'peel', 'spans']
+           'Suspect', 'jacobian', 'Formed', 'Products', 'descend', 'search', 'share', 'without', 'label_of', 'Find',
+           'certify', 'polish', 'Peeling', 'linear_error', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -22,7 +22,7 @@ from torch.func import jvp, linearize, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .certificate import EXACT, Reconstruction, System, rank_tolerance, solve
+from .certificate import EXACT, Reconstruction, System, rank_tolerance
 from .federated import Update, client_update, generator_of, gradients
 from .optimization import RESTART
 from .separation import Family, family
@@ -153,22 +153,6 @@ def input_spans(
         spans.append(Span(heard.names, heard.normed, rows, space, rest, rank, torch.finfo(update.dtype).eps))
     return spans
 
-# %% ../nbs/23_spans.ipynb #c2c5eeb5
-def family_of(
-    view: View,      # of the server's model
-    update: Update,  # what the client sent
-) -> Family:         # of images that solve Theorem 4's equations, with at least r − P directions open
-    """The family of a batch, without equations that can only be rounding: rank K ≤ P where R spans the patches.
-
-    The r-dimensional span of all patches is that of one image's P patches and of differences at the same place,
-    which all solve K δ = 0.
-    """
-    f, e = family(view, update), equations(view, update)
-    r, P = f.R.shape[1], f.h.shape[1]
-    if view.patch_weight not in update.gradients or r - f.Q.shape[1] <= P: return f
-    solved = solve(e.K, e.B, "subspace", update.dtype, P)
-    return Family(f.R, solved.X, torch.linalg.svd(e.K).Vh[P:].mT, (*f.systems[:2], solved.system))
-
 # %% ../nbs/23_spans.ipynb #0fe58fe0
 DEEP = 4   # layers on which a found image is polished: more cost more and add little
 
@@ -180,7 +164,7 @@ class Suspect:
         update: Update,    # what the client sent
     ):
         self.view = view(model)
-        self.family, self.spans = family_of(self.view, update), input_spans(model, update, DEEP + 2)
+        self.family, self.spans = family(self.view, update), input_spans(model, update, DEEP + 2)
         self.listeners = {t: Listener(model, update.gradients, t) for t in (torch.float64, torch.float32)}
         normed = [i for i, span in enumerate(self.spans) if span.normed] or [0]
         behind = self.spans[normed[0]:]   # from the first layer on that reads a layer norm behind the attention
@@ -292,7 +276,7 @@ class Products:
             warnings.simplefilter("ignore")
             self.push = linearize(f, c)[1]
         self.pull = vjp(f, c)[1]
-        probe = torch.randn(c.numel(), generator=torch.Generator().manual_seed(0)).to(c)
+        probe = torch.randn(c.numel(), generator=generator_of(0)).to(c)
         self.scale = (self.curvature(probe) / probe.square().sum()).item()   # about the mean of JᵀJ's diagonal
 
     def slope(self, r: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def test_the_command_line_defends_in_order_and_reports_it():
 
 
 @pytest.mark.parametrize("args, why", [(["--defense", "gauss:1"], "unknown defence"), (["--defense", "clip"], "such as clip:1"),
-                                       (["--defense", "withhold:positions"], "no gradient of 'positions': the client withheld it"),
+                                       (["--defense", "withhold:positions", "--method", "closed-form"], "no gradient of 'positions': the client withheld it"),
                                        (["--defense", "withhold:positions", "--arch", "B", "--method", "april", "--steps", "2"], "dlg, ig or tag")])
 def test_a_bad_defence_is_one_line_and_exit_code_2(args, why):
     run = april("attack", "--model", "vit_mnist", *args)
