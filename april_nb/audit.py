@@ -100,8 +100,9 @@ class Case:
 # %% ../nbs/26_audit.ipynb #7f45e91e
 def best_psnr(case, images):
     """PSNR of the image of the batch that came back best; None if none did."""
+    if not len(images): return None
     found, truth = (case.normalisation.inverse(x.double()) for x in (images.to(case.truth), case.truth))
-    return max(psnr(found, t.expand_as(found)).max().item() for t in truth) if len(found) else None
+    return max(psnr(found, t.expand_as(found)).max().item() for t in truth)
 
 def finding(case, update, name, seconds=math.inf):
     """Runs one attack of the list and scores it; what keeps it from starting becomes a verdict."""
@@ -121,7 +122,7 @@ def finding(case, update, name, seconds=math.inf):
     foretold = as_psnr(answer.error, case.normalisation)
     return stop(answer.verdict, answer.reason, psnr=None if case.truth is None else best_psnr(case, answer.images),
                 foretold=foretold if foretold > -math.inf else None, seconds=round(time.perf_counter() - start, 3),
-                systems=answer.systems, images=answer.images, ended=answer.finished, steps=steps)
+                systems=answer.systems, images=answer.images if len(answer.images) else None, ended=answer.finished, steps=steps)
 
 FIRST_STEP = 8   # gradients that a search's preparation and first step take the time of
 

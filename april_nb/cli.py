@@ -232,9 +232,8 @@ def scored(answer, x, normalisation):
 
 def draw(out, answer, private, rows, normalisation):
     """Writes the pictures: with the originals where these are at hand."""
-    found = normalisation.inverse(answer.images).cpu()
-    if not len(found): raise AprilError("no image was found, so that there is no picture to write: leave --out away, or give more time")
-    there = [i for i, row in enumerate(rows) if row is not None]
+    if not len(answer.images): raise AprilError("no image was found, so that there is no picture to write: leave --out away, or give more time")
+    found, there = normalisation.inverse(answer.images).cpu(), [i for i, row in enumerate(rows) if row is not None]
     if private is None: pictures = plotting.gallery({"": found.clamp(0, 1)})
     else: pictures = plotting.recovered(private[there], found, [f"{rows[i].psnr:.0f} dB" for i in there])
     with whole_file(out) as part: part.write_bytes(pictures._repr_png_())

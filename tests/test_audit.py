@@ -277,6 +277,14 @@ def test_a_batch_is_audited():
     assert by_name(report)["patch"].verdict == "not-unique" and "3, 5" in by_name(report)["labels"].reason
 
 
+def test_a_search_that_found_no_image_of_a_batch_in_its_time_is_untested_and_no_error():
+    images = photos(FORMATS["cifar10"]).batch([0, 1])[0]
+    report = audit(timm_vit(embed_dim=192), images, torch.tensor([3, 5]), normalisation=NORMALISATION, budget=5.0)
+    found = by_name(report)["spans"]
+    assert (found.psnr is None) == (found.images is None) and (found.ended or "spans" in text(report.as_dict()))
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) and page(report)
+
+
 def test_json_text_and_page_tell_the_same(report):
     d = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert text(d) == str(report)

@@ -195,6 +195,25 @@ def test_a_search_that_its_budget_ends_says_so():
     assert r["verdict"] == "not-converged" and "stopped by the budget" in r["reason"]
 
 
+def test_a_batch_of_which_nothing_was_found_is_reported_and_no_picture_of_it_written(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, gradient in zip(paths, (Image.radial_gradient, Image.linear_gradient)): gradient("L").save(path)
+    options = [*paths, "--model", "vit_mnist", "--arch", "B", "--know", "withheld", "--method", "spans", "--budget", 0]
+    r = report(*options)
+    assert r["verdict"] == "not-converged" and "0 of 2 images found" in r["reason"] and r["psnr"] is None
+    assert [i["psnr"] for i in r["images"]] == [None, None]
+    run = april("attack", *options, "--out", tmp_path / "out.png")
+    assert run.returncode == 2 and "no image was found" in run.stderr and not (tmp_path / "out.png").exists()
+
+
+def test_a_batch_comes_back_image_by_image_without_labels(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, gradient in zip(paths, (Image.radial_gradient, Image.linear_gradient)): gradient("L").save(path)
+    r = report(*paths, "--model", "vit_mnist", "--arch", "B", "--know", "withheld", "--label", 4, "--label", 4)
+    assert r["method"] == "spans" and r["labels"] is None and [i["label"] for i in r["images"]] == [4, 4], r["reason"]
+    assert min(i["psnr"] for i in r["images"]) > 80
+
+
 def test_help_names_every_option():
     text = april("attack", "--help").stdout
     for option in ("--model", "--arch", "--method", "--init", "--positions", "--know", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
