@@ -123,7 +123,8 @@ def test_an_interruption_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, c
 
 
 def test_an_interruption_in_the_first_seconds_is_one_line():
-    started = subprocess.Popen([APRIL, "attack"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell lets its background jobs ignore interruptions
+    started = subprocess.Popen([APRIL, "attack"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     time.sleep(1.0)   # PyTorch is being loaded
     started.send_signal(signal.SIGINT)
     out, errors = started.communicate(timeout=60)
