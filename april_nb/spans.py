@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .certificate import EXACT, Reconstruction, System, rank_tolerance
 from .federated import Update, client_update, generator_of, gradients
 from .optimization import RESTART
-from .separation import Family, family
+from .separation import family
 from .subspace import EXPLAINED, RowSpace, equations, evened, row_space, subspace_leakage
 from .views import View, view
 from .vit import from_patches, to_patches
