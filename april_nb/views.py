@@ -63,6 +63,10 @@ class View:
     lacks: str = ""                 # the part that is missing, and what applies without it; "" if none is
     bare: tuple[str, ...] = ()      # those of `prefix` that have no position
     channels_last: bool = False     # do rows of W_p take a patch as p × p × channels, not channels × p × p?
+    out: str | None = None          # name of block 1's W_o, which brings the heads together; None if not found
+    heads: int = 1                  # of the first attention
+    scale: float = 1.0              # s, the factor on its q kᵀ
+    eps: float = 1e-6               # added to the variance in the layer norm before it
     no_classifier: str = "this model has no classifier: its update holds no label"  # said where there is no head
 
     @property
@@ -189,6 +193,39 @@ class View:
         X = to_patches(image[None].double(), self.patch)[0]
         return torch.cat([self.known_tokens(), X @ self.weight(self.patch_weight).mT + self.offsets()])
 
+    def normed(
+        self,
+        Z: Tensor,  # shape (n, C)
+    ) -> Tensor:    # shape (n, C)
+        """What the first attention reads of tokens of the stream: their layer norm, or themselves without one."""
+        if self.norm is None: return Z
+        return nn.functional.layer_norm(Z, Z.shape[-1:], *map(self.weight, self.norm), self.eps)
+
+    def bias(
+        self,
+        name: str,   # of a weight
+    ) -> Tensor:     # of its layer, or 0 without one
+        """The bias of the layer that a weight belongs to."""
+        bias = re.sub("weight$", "bias", name)
+        return self.weight(bias) if bias in self.weights else torch.zeros((), dtype=torch.double)
+
+    def queries(
+        self,
+        Z: Tensor,  # tokens of the stream, shape (n, C)
+    ) -> Tensor:    # q, k and v of every head, shape (3, heads, n, d)
+        """What the first attention makes of tokens."""
+        read = self.normed(Z)
+        made = torch.cat([read @ self.weight(name).mT + self.bias(name) for name in self.qkv], -1)
+        return made.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+
+    def attended(
+        self,
+        Z: Tensor,  # all tokens of one image, shape (T, C)
+    ) -> Tensor:    # shape (T, C)
+        """o, what the first attention's heads give before W_o."""
+        q, k, v = self.queries(Z)
+        return ((self.scale * q @ k.mT).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
 # %% ../nbs/03_views.ipynb #8f1c8d96
 def class_names(model):
     """Full names of a module's class and of those that it derives from, the nearest first."""
@@ -262,6 +299,7 @@ def own_view(
     model: ViT,  # one of this book's
 ) -> View:       # its parts by name
     """The view of a `april_nb.vit.ViT`."""
+    attention = getattr(model.blocks[0], "attention", None)   # chapter 20 has blocks of other kinds
     return View(
         weights=model.state_dict(), image_shape=(model.channels, model.image_size, model.image_size),
         patch=model.patch_size, patch_weight="patch.weight", patch_bias="patch.bias", positions="positions",
@@ -269,7 +307,9 @@ def own_view(
         qkv=tuple(f"blocks.0.attention.{part}.weight" for part in "qkv"),
         head_weight="head.weight", head_bias=None if model.head.bias is None else "head.bias",
         blocks="blocks", learns_positions=model.position_kind == "learned", attention_reads_stream=model.arch == "A",
-        norm=None if model.arch == "A" else ("blocks.0.norm1.weight", "blocks.0.norm1.bias"))
+        norm=None if model.arch == "A" else ("blocks.0.norm1.weight", "blocks.0.norm1.bias"),
+        **({} if attention is None else dict(
+            out="blocks.0.attention.out.weight", heads=attention.heads, scale=attention.scale, eps=1e-5)))
 
 FAMILIES[ViT] = own_view
 
@@ -277,7 +317,7 @@ FAMILIES[ViT] = own_view
 @dataclass(frozen=True)
 class Check:
     """One claim of a view, held against what a model computes."""
-    name: str            # "stream", "q, k, v" or "classifier"
+    name: str            # "stream", "q, k, v", "attention" or "classifier"
     error: float | None  # relative error of what the view foretells; None where it names no such part
     ok: bool             # is the error rounding, or nothing claimed?
     reason: str          # in one line
@@ -318,6 +358,12 @@ def redrawn(v, g):
     draw = lambda n, w: (torch.randn(w.shape, generator=g) * unit.get(n, lambda w: 1.0)(w)).to(w)
     return replace(v, weights={n: draw(n, w) if n in names else w for n, w in v.weights.items()})
 
+def norms_behind(model, v):
+    """Names of the layer norms in the first block but for that before the attention."""
+    own = v.norm and v.norm[0].removesuffix(".weight")
+    return [n for n, m in model.named_modules()
+            if isinstance(m, nn.LayerNorm) and n.startswith(f"{v.block}.") and n != own] if own and v.out else []
+
 def observed(model, v, image):
     """One pass: first input and output of the first block and of classifiers, what q, k, v met, the scores."""
     seen, hooks, factors = {}, [], Factors({n: v.weights[n] for n in v.qkv if n is not None})
@@ -325,7 +371,7 @@ def observed(model, v, image):
         def hook(module, args, kwargs, output):
             seen.setdefault(name, (next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), output))
         hooks.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    for name in {v.blocks, *v.classifiers}: keep(name)
+    for name in {v.blocks, *v.classifiers, *norms_behind(model, v)}: keep(name)
     try:
         with evaluating(model), factors: output = functional_call(model, dict(v.weights), (image[None],))
     finally:
@@ -346,7 +392,7 @@ def off_direction(seen, foretold):
 
 def errors(v, image, seen, met, scores):
     """Relative error of each claim; None where the view claims nothing."""
-    found = dict.fromkeys(("stream", "q, k, v", "classifier"))
+    found = dict.fromkeys(("stream", "q, k, v", "attention", "classifier"))
     if None not in (v.patch_weight, v.positions):
         Z = v.stream(image)
         found["stream"] = off(seen[v.blocks][0], Z) if v.blocks in seen else math.inf
@@ -357,6 +403,9 @@ def errors(v, image, seen, met, scores):
                 error = lambda u: off_direction(u - bias.to(u), gain * (Z - Z.mean(1, keepdim=True)))
             fits = lambda u: u.is_floating_point() and u.ndim > 1 and u.shape[-1] == Z.shape[1]
             found["q, k, v"] = max(min(map(error, filter(fits, others)), default=math.inf) for others in met.values())
+            if behind := [seen[n][0] for n in seen if n not in (v.blocks, *v.classifiers)]:
+                after = Z + v.attended(Z) @ v.weight(v.out).mT + v.bias(v.out)
+                found["attention"] = min(off(z, after) for z in behind)
     if v.head_weight is not None:
         outputs = [seen[name][1] for name in v.classifiers if name in seen]
         centred = lambda t: t.double() - t.double().mean(-1, keepdim=True)
@@ -366,6 +415,7 @@ def errors(v, image, seen, met, scores):
 CLAIMS = {
     "stream": "[tokens; X W_pᵀ + b_p] + E_pos enters the first block",
     "q, k, v": "the weights q, k, v are multiplied with the layer norm of this stream, or with itself where there is none",
+    "attention": "what W_o makes of the heads is added to the stream before the next layer norm",
     "classifier": "the scores follow from the classifier's output",
 }
 ROUNDING = 1000   # a relative error up to this multiple of ε is rounding
@@ -384,7 +434,8 @@ def checks(model, v):
         raise NotApplicable(f"this model does not run on an image of shape {v.image_shape}: "
                             f"{' '.join(str(error).split())}") from error
     most = ROUNDING * torch.finfo(like.dtype).eps
-    nothing = {"classifier": "this model has no classifier"}
+    if not (found["attention"] or 0) < most: found["attention"] = None   # nobody named its parts: they were not found
+    nothing = {"classifier": "this model has no classifier", "attention": "W_o and the heads of the first attention were not found"}
     return tuple(Check(name, error, True, nothing.get(name, v.lacks)) if error is None else
                  Check(name, error, error < most, f"{CLAIMS[name]}: {'yes' if error < most else 'no'}, "
                                                   f"relative error {error:.0e}") for name, error in found.items())
@@ -418,6 +469,21 @@ def square(n):
     """The root of a square number, None of any other."""
     return math.isqrt(n) if n > 0 and math.isqrt(n) ** 2 == n else None
 
+def first(module, names, default=None):
+    """The value of the first of some attributes that a module has."""
+    return next((value for n in names if (value := getattr(module, n, None)) is not None), default)
+
+def attention_parts(model, qkv, width):
+    """Name of W_o, number of heads and scale of the attention that holds the weights q, k, v."""
+    if not qkv: return {}
+    around = list(upwards(qkv[0].removesuffix(".weight").rpartition(".")[0]))[:3]
+    weights = dict(model.named_parameters())
+    out = next((name for up in around for n in NAMES["out"] if (name := f"{up}{n}.weight") in weights), None)
+    modules = [model.get_submodule(up[:-1]) for up in around if up]
+    heads = next((h for m in modules if isinstance(h := first(m, NAMES["heads"]), int)), 1)
+    scale = next((s for m in modules if isinstance(s := first(m, NAMES["scale"]), float)), (width / heads) ** -0.5)
+    return dict(out=out, heads=heads, scale=scale)
+
 def assembled(model, *, embedding, positions, prefix, block, blocks, norm, attention, head, side=None, channels=3,
               channels_last=False, residual=True, lacks=None):
     """The view of a Vision Transformer from full names of its parts; `lacks` is a key of `LACKS`."""
@@ -438,7 +504,7 @@ def assembled(model, *, embedding, positions, prefix, block, blocks, norm, atten
     bare = bare_tokens(counts, sum(counts.values()) + P - rows(positions)) if positions and not lacks else ()
     if not lacks and (not patch or side[0] % patch or side[1] % patch): lacks = "overlap"
     lacks = lacks or (None if positions else "table")
-    norm = norm and (have(f"{norm}.weight"), have(f"{norm}.bias"))
+    norm_module, norm = norm, norm and (have(f"{norm}.weight"), have(f"{norm}.bias"))
     follows = not lacks and attention and not (norm and None in norm)
     return View(
         weights=weights, image_shape=(channels, *side), patch=patch,
@@ -448,7 +514,8 @@ def assembled(model, *, embedding, positions, prefix, block, blocks, norm, atten
         learns_positions=bool(positions) and dict(model.named_parameters()).get(positions, W_p).requires_grad,
         attention_reads_stream=bool(follows) and not (norm or residual or bare),
         norm=norm if follows else None, block=block, lacks=LACKS.get(lacks or (None if follows else "block"), ""),
-        bare=bare, channels_last=channels_last)
+        bare=bare, channels_last=channels_last, **attention_parts(model, attention if follows else (), W_p.shape[0]),
+        eps=getattr(model.get_submodule(norm_module), "eps", 1e-6) if follows and norm else 1e-6)
 
 # %% ../nbs/03_views.ipynb #59e37ed4
 NAMES = {   # part → its names
@@ -462,6 +529,9 @@ NAMES = {   # part → its names
     "norm": ("norm1", "ln_1", "layernorm_before", "layer_norm1"),
     "head": ("head", "head.fc", "heads.head", "classifier", "cls_classifier"),
     "image size": ("img_size", "image_size", "config.image_size"),
+    "out": ("proj", "out_proj", "o_proj", "output.dense"),   # beside or around q, k, v
+    "heads": ("num_heads", "num_attention_heads", "heads"),
+    "scale": ("scale", "scaling"),
 }
 ATTENTION = (   # names of q, k, v in a block
     ("attn.qkv.weight",), ("self_attention.in_proj_weight",), *(
@@ -552,6 +622,7 @@ def proved(v, found, registered):
         v = replace(v, patch_weight=None, patch_bias=None, positions=None, prefix=(), bare=(), qkv=(None,), norm=None,
                     learns_positions=False, attention_reads_stream=False, lacks=LACKS["stream"])
     elif "q, k, v" in failed: v = replace(v, qkv=(None,), norm=None, attention_reads_stream=False, lacks=LACKS["block"])
+    if any(check.name == "attention" and check.error is None for check in found): v = replace(v, out=None)
     if "classifier" not in failed: return v
     why = f"{v.head_weight!r} does not give this model's scores, so that no label can be read off its gradient"
     return replace(v, head_weight=None, head_bias=None, no_classifier=why)

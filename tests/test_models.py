@@ -90,7 +90,7 @@ def picture(n=1): return torch.randn(n, 3, 32, 32, dtype=torch.double, generator
 
 
 def test_a_registered_model_is_proved_and_gives_its_image_away(model):
-    assert all(check.ok and check.error < 1e-13 for check in check_view(model))
+    assert all(check.ok and (check.error or 0) < 1e-13 for check in check_view(model))
     update = client_update(model, picture(), torch.tensor([3]))
     withheld = client_update(model, picture(), torch.tensor([3]), withheld=(view(model).positions,))
     for attack, sent in ((patch_leakage, update), (subspace_leakage, withheld)):
@@ -148,7 +148,7 @@ def test_a_wrong_name_is_one_line_and_no_view(mistake):
 
 
 def test_check_view_tells_which_claim_of_a_registered_view_fails():
-    found = {check.name: check.ok for check in check_view(written(dict(norm="layers.0.second")))}
+    found = {check.name: check.ok for check in check_view(written(dict(norm="layers.0.second"))) if check.error is not None}
     assert found == {"stream": True, "q, k, v": False, "classifier": True}
 
 

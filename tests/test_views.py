@@ -118,9 +118,10 @@ def picture(model, n=1):
 
 def test_every_claim_of_a_view_passes_its_check(model):
     found = {check.name: check for check in check_view(model)}
-    assert list(found) == ["stream", "q, k, v", "classifier"]
+    assert list(found) == ["stream", "q, k, v", "attention", "classifier"]
     assert found["stream"].ok and found["classifier"].ok and found["stream"].error < 1e-13
     assert found["q, k, v"].ok and found["q, k, v"].error is not None or view(model).lacks == LACKS["block"]
+    assert found["attention"].ok and (found["attention"].error is None or found["attention"].error < 1e-12)
 
 
 def test_stream_is_known_rows_and_embedded_patches(model):
@@ -425,7 +426,7 @@ def test_every_attack_gives_the_same_answer_on_a_wrapped_model(wrapper, bare_ans
     model = small_vit()
     wrapped = WRAPPED[wrapper](model, tmp_path)
     assert unwrap(wrapped) is model and unwrap(model) is model
-    assert all(check.ok and check.error is not None for check in check_view(wrapped))
+    assert all(check.ok and (check.error is not None or check.name == "attention") for check in check_view(wrapped))
     assert view(wrapped).weights.keys() == model.state_dict().keys()
     for answer, expected in zip(answers(wrapped), bare_answers): assert torch.equal(answer, expected)
 
