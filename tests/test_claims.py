@@ -1,5 +1,6 @@
 """Sentences of the book that were once wrong, held to the rows and to the mathematics that they speak of."""
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from april_nb.closed_form import closed_form
+from april_nb.data import FORMATS, photos
 from april_nb.experiments import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
@@ -192,3 +194,39 @@ def test_chapter_17_counts_who_is_known_again_below_20_db():
     assert (p1, mnist, p2, cifar, p3, large) == ("12", "20", "9", "20", "-25", "8")
     last = [int(cells(model)[-1][2]) for model in ("vit_mnist", "vit_cifar", "vit_b_16")]
     assert sum(last) <= 2
+
+
+def test_chapter_27_names_both_things_that_deit_small_lacks_for_theorem_4():
+    report = json.loads((ROOT / "results" / "audits" / "timm-deit_small_patch16_224.json").read_text())
+    solved = {s["name"]: s for a in report["attacks"] if a["name"] == "subspace" for s in a["systems"]}
+    left, unknowns = report["sizes"]["C"] - report["sizes"]["P"] - 1, solved["patches"]["rank"]
+    assert f"show only {solved['tokens']['rank']} directions of the {solved['tokens']['expected_rank']} tokens" in prose("27_models")
+    assert left < unknowns and f"$C - T = {left}$ equations" in prose("27_models") and f"are {unknowns} unknowns" in prose("27_models")
+
+
+def test_float64_gives_deit_small_all_its_tokens_and_no_unique_answer():
+    timm, photo = pytest.importorskip("timm"), FORMATS["imagenet"].normalisation(photos().batch([0])[0]).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("deit_small_patch16_224").double()
+    answer = subspace_leakage(model, client_update(model, photo, torch.tensor([0])))
+    systems = {s.name: s for s in answer.systems}
+    assert systems["tokens"].unique and not systems["subspace"].unique and answer.verdict == "not-unique"
+
+
+CASES_12 = ["untrained, PyTorch", "untrained, timm", "trained badly, new images", "trained badly, seen images",
+            "trained well, new images", "trained well, seen images"]
+
+
+@pytest.mark.parametrize("case", CASES_12)
+def test_chapter_12_finds_yin_at_its_own_ceiling_for_32_labels_whatever_the_model(case):
+    row = {rule: table_row(outputs("12_labels"), case, rule) for rule in ("Yin et al.", "Yin et al.'s ceiling")}
+    assert row["Yin et al."][-1] == row["Yin et al.'s ceiling"][-1] and float(row["Yin et al."][-1]) <= 10 / 32
+
+
+@pytest.mark.parametrize("case", CASES_12[4:])
+def test_chapter_12_admits_that_on_a_well_trained_model_its_rule_is_hardly_a_guess(case):
+    text = outputs("12_labels")
+    ours, guess = ([float(share) for share in table_row(text, case, rule)] for rule in ("ours", "guess"))
+    assert ours[0] == 1 and all(abs(a - b) < 0.1 for a, b in zip(ours[3:], guess[3:])) and ours[-1] < guess[-1]
+    assert float(table_row(text, case)[-1]) > 0.93 and float(table_row(text, "trained badly, new images")[-1]) < 0.25
