@@ -34,13 +34,15 @@ def shrinkage(
 ) -> float:              # root mean square of what noise in G_p took off X; infinite where it may be all
     """How far errors in `G_p` itself pull the least-squares solution towards zero (attenuation bias).
 
-    Along singular vector i of G_p noise of standard deviation ν takes off the share `φ = C ν² / s_i²`. The
-    residual bounds ν: at most, all of it comes from G_p.
+    Along singular vector i of G_p noise of standard deviation ν takes off the share `φ = (C − P − 1) ν² / s_i²`.
+    The residual bounds ν: at most, all of it comes from G_p. Noise alone has s² of mean k ν², k = C − P + 1, and
+    of standard deviation √(2k) ν².
     """
     if X.system.relative_residual <= rounding: return 0.0
     ν2 = (X.noise / X.S).square() * X.X.shape[1] / X.X.square().sum()   # over s_i²
-    φ = len(X.U) * ν2
-    if φ.max() >= 1: return math.inf
+    k = max(len(X.U) - len(X.X) + 1, 0)                                 # C equations for P unknowns
+    φ = (k - 2) * ν2
+    if (k + 2 * math.sqrt(2 * k)) * ν2.max() >= 1: return math.inf
     return ((φ / (1 - φ))[:, None] * (X.Vt[:len(φ)] @ X.X)).square().mean().sqrt().item()
 
 # %% ../nbs/20_patch.ipynb #271522fb

@@ -1,5 +1,6 @@
 """Sentences of the book that were once wrong, held to the rows and to the mathematics that they speak of."""
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from april_nb.closed_form import closed_form
+from april_nb.data import FORMATS, photos
 from april_nb.experiments import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
@@ -150,3 +152,81 @@ def test_the_mean_of_local_noises_is_larger_than_one_central_noise_by_the_root_o
     g = torch.Generator().manual_seed(0)
     each = z * 2 * S * torch.randn(n, 100_000, dtype=torch.double, generator=g)   # Δ = 2S for what a client sends
     assert each.mean(0).std().item() == pytest.approx(n ** 0.5 * central, rel=0.02)
+
+
+def outputs(chapter):
+    """What a chapter's cells printed, with its tables."""
+    cells = nbformat.read(ROOT / "nbs" / f"{chapter}.ipynb", 4).cells
+    found = [o for c in cells if c.cell_type == "code" for o in c.outputs]
+    return "\n".join(o.get("text", "") or o.get("data", {}).get("text/markdown", "") for o in found)
+
+
+def table_row(text, *start):
+    """The cells behind the first row of a table that begins with the given ones."""
+    line = next(line for line in text.splitlines() if line.startswith("| " + " | ".join(start) + " |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][len(start):]
+
+
+def test_chapter_17_says_what_expecting_noise_is_worth():
+    text, said = outputs("17_defenses"), prose("17_defenses")
+    naive, aware = (int(table_row(text, "vit_b_16", solver)[2]) for solver in ("least squares", "expecting noise"))   # n, 10⁻⁵, 10⁻⁴
+    assert f"gains {aware - naive} dB at $r = 10^{{-4}}$" in said
+    ends = dict(re.findall(r"vit_b_16, (.*): the median falls below 20 dB at r = (\S+)", text))
+    assert ends == {"least squares": "5e-05", "expecting noise": "0.003"}
+    assert "$3 \\cdot 10^{-3}$ in place of $5 \\cdot 10^{-5}$" in said and "sixty times as much" in said
+
+
+def test_chapter_17_draws_its_line_where_hardly_a_blind_guess_gets_and_ssim_agrees():
+    text = outputs("17_defenses")
+    blind = [int(table_row(text, name)[-1]) for name in ("mnist", "cifar10", "imagenet")]
+    assert blind == [0, 1, 1]
+    rows = ROWS("fig6") + ROWS("defenses")
+    pairs = [(r["psnr"] >= 20, r["ssim"] >= 0.5) for r in rows]
+    by_psnr, by_ssim = pairs.count((True, False)), pairs.count((False, True))
+    assert f"{by_psnr} are pictures by PSNR only, {by_ssim} by SSIM only" in text
+    assert (by_psnr + by_ssim) / len(rows) < 0.1 and 0.85 < by_ssim / (by_psnr + by_ssim) < 0.95   # "nine rows of ten", "nine times in ten"
+
+
+def test_chapter_17_counts_who_is_known_again_below_20_db():
+    text = outputs("17_defenses").split("known again")[-1]
+    def cells(model): return [tuple(cell.split(", ")) for cell in table_row(text, model, "least squares")[2:]]   # behind n, among
+    (p1, _, mnist), (p2, _, cifar), (p3, _, large) = cells("vit_mnist")[2], cells("vit_cifar")[2], cells("vit_b_16")[0]
+    assert (p1, mnist, p2, cifar, p3, large) == ("12", "20", "9", "20", "-25", "8")
+    last = [int(cells(model)[-1][2]) for model in ("vit_mnist", "vit_cifar", "vit_b_16")]
+    assert sum(last) <= 2
+
+
+def test_chapter_27_names_both_things_that_deit_small_lacks_for_theorem_4():
+    report = json.loads((ROOT / "results" / "audits" / "timm-deit_small_patch16_224.json").read_text())
+    solved = {s["name"]: s for a in report["attacks"] if a["name"] == "subspace" for s in a["systems"]}
+    left, unknowns = report["sizes"]["C"] - report["sizes"]["P"] - 1, solved["patches"]["rank"]
+    assert f"show only {solved['tokens']['rank']} directions of the {solved['tokens']['expected_rank']} tokens" in prose("27_models")
+    assert left < unknowns and f"$C - T = {left}$ equations" in prose("27_models") and f"are {unknowns} unknowns" in prose("27_models")
+
+
+def test_float64_gives_deit_small_all_its_tokens_and_no_unique_answer():
+    timm, photo = pytest.importorskip("timm"), FORMATS["imagenet"].normalisation(photos().batch([0])[0]).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("deit_small_patch16_224").double()
+    answer = subspace_leakage(model, client_update(model, photo, torch.tensor([0])))
+    systems = {s.name: s for s in answer.systems}
+    assert systems["tokens"].unique and not systems["subspace"].unique and answer.verdict == "not-unique"
+
+
+CASES_12 = ["untrained, PyTorch", "untrained, timm", "trained badly, new images", "trained badly, seen images",
+            "trained well, new images", "trained well, seen images"]
+
+
+@pytest.mark.parametrize("case", CASES_12)
+def test_chapter_12_finds_yin_at_its_own_ceiling_for_32_labels_whatever_the_model(case):
+    row = {rule: table_row(outputs("12_labels"), case, rule) for rule in ("Yin et al.", "Yin et al.'s ceiling")}
+    assert row["Yin et al."][-1] == row["Yin et al.'s ceiling"][-1] and float(row["Yin et al."][-1]) <= 10 / 32
+
+
+@pytest.mark.parametrize("case", CASES_12[4:])
+def test_chapter_12_admits_that_on_a_well_trained_model_its_rule_is_hardly_a_guess(case):
+    text = outputs("12_labels")
+    ours, guess = ([float(share) for share in table_row(text, case, rule)] for rule in ("ours", "guess"))
+    assert ours[0] == 1 and all(abs(a - b) < 0.1 for a, b in zip(ours[3:], guess[3:])) and ours[-1] < guess[-1]
+    assert float(table_row(text, case)[-1]) > 0.93 and float(table_row(text, "trained badly, new images")[-1]) < 0.25

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from april_nb.certificate import solve
 from april_nb.closed_form import closed_form
 from april_nb.defenses import gaussian, laplace, noise_generator
 from april_nb.experiments import group, read_rows, values
 from april_nb.federated import MissingGradient, Update, client_update
-from april_nb.patch import patch_leakage, ridge_leakage
+from april_nb.patch import patch_leakage, ridge_leakage, shrinkage
 from april_nb.vit import ViT, from_patches, init_torch, to_patches, vit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,35 @@ def test_the_certificate_foretells_the_error_under_noise_or_says_that_it_cannot(
     if math.isfinite(answer.error): assert 1 / 4 < answer.error / rms(answer.images, images) < 4
     else: assert answer.verdict in ("not-applicable", "not-unique")
     if r == 1.0: assert answer.verdict not in ("exact", "approximate")
+
+
+def solved_under_noise(P, C, ν, draws, D=50):
+    """Singular values from 1 to 2, noise on the matrix alone: what is solved for, and the solutions."""
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(shape, generator=g, dtype=torch.double)
+    U, V, X = torch.linalg.qr(random(P, P)).Q, torch.linalg.qr(random(C, P)).Q, random(P, D)
+    G = U * torch.linspace(1, 2, P, dtype=torch.double) @ V.mT
+    return X, [solve((G + ν * random(P, C)).mT, G.mT @ X, "noisy", torch.float64) for _ in range(draws)]
+
+
+@pytest.mark.parametrize("P, C", [(4, 24), (12, 24), (18, 24), (24, 48)])
+def test_noise_in_the_matrix_takes_off_what_shrinkage_foretells(P, C):
+    X, answers = solved_under_noise(P, C, ν=0.05, draws=2000)
+    lost = (sum(a.X for a in answers) / len(answers) - X).square().mean().sqrt().item()
+    foretold = sum(shrinkage(a, 1e-12) for a in answers) / len(answers)
+    assert lost == pytest.approx(foretold, rel=0.15)   # C in place of C − P − 1 is off by a quarter and more
+
+
+@pytest.mark.parametrize("P, sign", [(22, -1), (24, 1)])
+def test_the_answer_is_too_short_with_two_equations_to_spare_and_too_long_with_none(P, sign):
+    X, answers = solved_under_noise(P, 24, ν=0.02, draws=4000)
+    pulled = torch.tensor([((a.X - X) * X).sum() / X.square().sum() for a in answers])
+    assert sign * pulled.mean() > 2 * pulled.std() / len(pulled) ** 0.5
+
+
+def test_with_one_equation_to_spare_noise_does_not_shorten_the_answer_and_shrinkage_says_so():
+    _, answers = solved_under_noise(23, 24, ν=0.05, draws=20)
+    assert all(a.system.relative_residual > 1e-6 and shrinkage(a, 1e-12) == 0 for a in answers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
