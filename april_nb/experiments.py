@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'open_once', 'COLUMNS', 'NUMBERS', 'KEY', 'TRAINING', 'PRIVATE', 'KEYS', 'EXPERIMENTS', 'SAME', 'TRAININGS',
            'preset', 'size', 'device', 'images_of', 'name_of_data', 'Arm', 'read_rows', 'add_rows', 'name_of',
-           'attack_slice', 'Training', 'PrivateTraining', 'run_trainings', 'Slice', 'victims_at_once', 'plan', 'run',
-           'select', 'values', 'group']
+           'trained', 'attack_slice', 'Training', 'PrivateTraining', 'run_trainings', 'Slice', 'victims_at_once',
+           'plan', 'run', 'select', 'values', 'group']
 
 # %% ../nbs/91_experiments.ipynb #8b583152
 #| code-fold: true
@@ -109,6 +109,7 @@ class Arm:
     last: bool = False         # on the last images of the sample, to keep choices and reports apart?
     positions: str = "learned"  # kind of position embedding, see `april_nb.vit.POSITIONS`
     know: str = "shared"       # or "withheld" (no gradient of E_pos is sent) or "secret" (nor is E_pos known)
+    epochs: int = 0            # of training before the round, on images of the data set that are not attacked
 
     @property
     def format(self) -> Format:
@@ -129,6 +130,7 @@ class Arm:
         batch = {"batch": self.batch} if self.batch > 1 else {}
         if self.classes: batch["classes"] = self.classes
         if self.restarts > 1: batch["restarts"] = self.restarts
+        if self.epochs: batch["epochs"] = self.epochs
         defended = {"defense": "+".join(self.defense)} if self.defense else {}
         parts = {"init": self.init} | batch | dict(self.model or {}) | defended | terms
         return " ".join(f"{k}={v}" for k, v in parts.items())
@@ -249,6 +251,17 @@ def name_of(
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 # %% ../nbs/91_experiments.ipynb #4e137a55
+@functools.cache
+def trained(dataset, arch, init, epochs, seed):
+    """Weights after some epochs on up to 1,500 images, none of them among the first fifth of the sample."""
+    images = images_of(dataset)
+    ids = sample(images.labels, len(images))[len(images) // 5:][:1500]
+    pixels, y = images.batch(ids)
+    model = vit(images.format.model, arch, init, seed)
+    train(model, images.format.normalisation(pixels).float(), y, epochs, 50, 1e-3, seed=seed)
+    return model.state_dict()
+
+# %% ../nbs/91_experiments.ipynb #0ccde5f3
 def attack_slice(
     arm: Arm,             # what is common to the images
     ids: Sequence[int],   # of the images; a multiple of `arm.batch`
@@ -259,8 +272,9 @@ def attack_slice(
     """Plays one client per batch and attacks all of them; the attacks see the model and the updates only."""
     images, sent = images_of(arm.dataset), getattr(torch, arm.dtype)
     computed = torch.float64 if sent == torch.float64 else torch.float32
-    server = vit(images.format.model, arm.arch, arm.init, seed, positions=arm.positions,
-                 **arm.model or {}).to(where, computed)
+    server = vit(images.format.model, arm.arch, arm.init, seed, positions=arm.positions, **arm.model or {})
+    if arm.epochs: server.load_state_dict(trained(arm.dataset, arm.arch, arm.init, arm.epochs, seed))
+    server = server.to(where, computed)
     attacker = guess_positions(server, arm.init, seed + 1) if arm.know == "secret" else server
     withheld = ("positions",) if arm.know != "shared" and arm.positions == "learned" else ()
     pixels, classes = images.batch(ids)
@@ -341,13 +355,18 @@ def batch_arms(preset):
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
 
 def span_arms(preset):
-    """Theorem 5: batches without labels and without position gradients, CIFAR-10 on architecture B (chapter 23)."""
-    n = {"quick": 1, "paper": 10}[preset]
-    kinds = {"quick": [(2, "pair")], "paper": [(2, "pair"), (4, "random"), (8, "random")]}[preset]
-    for init in {"quick": ("torch",), "paper": ("torch", "timm")}[preset]:
-        for batch, classes in kinds:
-            yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, restarts=10, know="withheld"), n * batch
-    large = Arm("photos", "B", "spans", batch=4, classes="distinct", restarts=10, model={"patch": 32}, know="withheld")
+    """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
+    kinds = {"quick": [("torch", 2, "pair", 1)],
+             "paper": [("torch", 2, "pair", 10), ("timm", 2, "pair", 10), ("torch", 4, "random", 10),
+                       ("timm", 4, "random", 10), ("torch", 8, "random", 10), ("timm", 8, "random", 2)]}[preset]
+    common = dict(restarts=10, know="withheld")
+    for init, batch, classes, n in kinds:
+        yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, **common), n * batch
+    for dataset, init, epochs in [("cifar10", "timm", 5), ("cifar10", "timm", 20), ("cifar10", "timm", 40),
+                                  ("cifar10", "torch", 40), ("mnist", "torch", 12), ("mnist", "timm", 12)]:
+        yield (Arm(dataset, "B", "spans", init=init, batch=2, classes="pair", epochs=epochs, **common),
+               {"quick": 0, "paper": 20}[preset])
+    large = Arm("photos", "B", "spans", batch=4, classes="distinct", model={"patch": 32}, **common)
     yield large, {"quick": 0, "paper": 4}[preset]   # a ViT-B/32 on photographs of 224 × 224
 
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them

@@ -393,7 +393,7 @@ def activation(
 # %% ../nbs/23_spans.ipynb #32c35ff1
 @dataclass(frozen=True)
 class Tokens:
-    """Solutions of {eq}`eq-token`, each of its own place."""
+    """Solutions of the equations of single tokens, each of its own place."""
     place: Tensor  # t, counted over the patches, shape (n,)
     u: Tensor      # the unknowns, shape (n, k)
     patch: Tensor  # shape (n, D)
@@ -465,7 +465,8 @@ class Places:
         rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
         L, l = rest.mT @ (γ[:, None] * centred(self.into.mT).mT), (centred(self.base) * γ) @ rest
         U, S, Vt = torch.linalg.svd(L)
-        fixed = max(min(L.shape[1] - T * (B - 1), len(S)), 0)   # T(B − 1) directions are the batch's own
+        own = equations(v, update).open + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent
+        fixed = max(min(L.shape[1] - own, len(S)), 0)
         self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
         self.z, self.zN = centred(self.base + self.w @ self.into.mT), centred(self.N.mT @ self.into.mT)   # (P, C), (n, C)
         self.y, self.yN = (self.z * γ) @ W.mT, (self.zN * γ) @ W.mT                                   # (P, H), (n, H)
@@ -566,11 +567,11 @@ class Places:
         places: Tensor,              # to search at, shape (n,)
         generator: torch.Generator,  # of first guesses, one for each
         steps: int,                  # of each, at most
-        known: Tokens,               # to stay away from
+        known: Tokens | None = None, # to stay away from
         like: Tensor | None = None,  # the heads' output to begin with, shape (C,); default: random
         told: Callable[[float, Tensor], bool] = lambda fit, X: True,  # of fit and patches (P, D); False ends it
-    ) -> Tokens:                     # those that arrived
-        """A token of each place, from a random first guess each, as far as they arrive."""
+    ) -> Tokens:                     # wherever the descents end
+        """A token of each place, from a random first guess each."""
         chunk, found = max(int(AT_ONCE / self.yN.numel()), 1), []
         start = torch.randn(len(places), len(self.N), generator=generator, dtype=torch.double).to(self.N)
         if like is not None:
@@ -578,12 +579,12 @@ class Places:
             start[:, self.k:] = self.U.mT @ like / self.scale[self.k:]
         start = (start - self.w[places]) @ self.N
         for some, u in zip(places.split(chunk), start.split(chunk)):
-            if len(known.x): u, _ = self.descend(some, u, steps, known, HOLD if like is not None else 0.0)
+            if known is not None and len(known.x): u, _ = self.descend(some, u, steps, known, HOLD if like is not None else 0.0)
             u, fit = self.descend(some, u, steps, self.nothing())   # what stands beside one that is known falls back
             found.append(self.tokens(some, u, fit))
             X = u.new_zeros(len(self.base), len(self.family.R)).index_copy(0, some, found[-1].patch)
             if not told(fit.min().item(), X): break
-        return Tokens.together(found).right
+        return Tokens.together(found)
 
     def tokens(
         self,
@@ -633,7 +634,7 @@ def companions(
     i: int,          # one of them
     rounds: int = 3, # of naming; with the equations of up to four tokens
 ) -> Tensor:         # numbers of those that stand in its image, with itself
-    """The tokens that stand in one image with token i, by {eq}`eq-companions`."""
+    """The tokens that stand in one image with token i: those whose values its heads' output is a mean of."""
     known, n = view.known_tokens(), len(tokens.x)
     q, k, v = view.queries(torch.cat([tokens.x, known]))   # shape (heads, n + known, d)
     def rows(j):
@@ -665,6 +666,7 @@ def assembled(
         images.append(image.patch)
     return images
 
+# %% ../nbs/23_spans.ipynb #b02fd0a4
 NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
 
 def nearly_assembled(
@@ -849,27 +851,32 @@ class Peeling:
 
     def guesses(self, suspect, steps, seeds):
         """Candidates from the spans of what is left, several at once; the last image in closed form."""
-        if self.rest.examples == 1: yield [subspace_leakage(self.model, self.rest).images]
+        if not suspect.shape[0]: yield [subspace_leakage(self.model, self.rest).images]   # nothing is open
         elif (places := places_of(suspect, self.rest)) is not None:
-            tokens = places.nothing() if self.tokens is None else places.recalled(self.tokens, steps)
-            put = lambda X: from_patches(X[None], suspect.view.patch, *suspect.view.image_shape[1:])
-            everywhere = torch.arange(suspect.shape[1], device=suspect.family.h.device)
-            for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
-                g = generator_of(seed)
-                like = tokens.o[torch.randint(len(tokens.x), (), generator=g)] if len(tokens.x) and seed % 3 else None
-                missing = everywhere[tokens.place.bincount(minlength=len(everywhere)) < self.rest.examples]
-                more = places.search(missing, g, steps, tokens, like, lambda fit, X: self.tell(fit, [put(X)]))
-                if self.late: return
-                tokens = self.tokens = tokens.with_more(more)
-                whole = assembled(suspect.view, tokens)
-                for members in nearly_assembled(suspect.view, tokens) if not whole and len(more.x) else ():
-                    if (X := filled(suspect, tokens[members], steps)) is not None: whole.append(X)
-                yield [put(X) for X in whole]
-        else:
+            yield from self.by_tokens(suspect, places, steps, seeds)
+        if suspect.shape[0] and self.tokens is None:   # too much noise for single tokens, or not enough equations
             for seed in seeds:
                 c, fit = search(suspect, generator_of(seed), steps, lambda c, fit: self.tell(fit, [suspect.image(c)]))
                 if self.late: return
                 if fit < ARRIVED: yield [suspect.image(c)]
+
+    def by_tokens(self, suspect, places, steps, seeds):
+        """Candidates that are complete after each round of first guesses, one for every place that lacks tokens."""
+        tokens = places.nothing() if self.tokens is None else places.recalled(self.tokens, steps)
+        put = lambda X: from_patches(X[None], suspect.view.patch, *suspect.view.image_shape[1:])
+        everywhere = torch.arange(suspect.shape[1], device=suspect.family.h.device)
+        for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
+            g = generator_of(seed)
+            like = tokens.o[torch.randint(len(tokens.x), (), generator=g)] if len(tokens.x) and seed % 3 else None
+            missing = everywhere[tokens.place.bincount(minlength=len(everywhere)) < self.rest.examples]
+            more = places.search(missing if len(missing) else everywhere, g, steps, tokens, like, lambda fit, X: self.tell(fit, [put(X)]))
+            if self.late: return
+            tokens = tokens.with_more(more.right)
+            if len(tokens.x): self.tokens = tokens
+            whole = assembled(suspect.view, tokens)
+            for members in nearly_assembled(suspect.view, tokens) if not whole and len(more.right.x) else ():
+                if (X := filled(suspect, tokens[members], steps)) is not None: whole.append(X)
+            yield [put(X) for X in whole]
 
     def find(
         self,
@@ -957,9 +964,9 @@ def peel(
     before: Reconstruction | None,   # an earlier answer to go on from
 ) -> Reconstruction:                 # the images that were found
     """One batch, image by image."""
-    if update.examples == 1 or not equations(view(model), update).rest.numel():   # Theorem 4 says why not
-        return subspace_leakage(model, update)
+    if not equations(view(model), update).rest.numel(): return subspace_leakage(model, update)   # it says why
     peeling = Peeling(model, update, classes, end, told)
+    if update.examples == 1 and not peeling.whole.shape[0]: return subspace_leakage(model, update)
     if before is not None:
         for image, label in zip(before.images.split(1), before.labels.tolist()): peeling.again(image, label)
     enough = peeling.whole.equations >= math.prod(peeling.whole.shape)

@@ -10,7 +10,10 @@ from torchvision.models import VisionTransformer
 from april_nb.defenses import gaussian
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
-from april_nb.spans import Peeling, Suspect, conclude, input_spans, jacobian, label_of, spans
+from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
+                            nearly_assembled, places_of, spans)
+from april_nb.subspace import subspace_leakage
+from april_nb.training import train
 from april_nb.views import view
 from april_nb.vit import ViT, init_timm, init_torch, to_patches
 
@@ -220,3 +223,96 @@ def test_steps_by_products_arrive_where_exact_steps_do_but_have_no_certificate(m
     score, labels = paired(answer, x)
     assert score.min() > 90 and labels == [1, 4]
     assert answer.verdict == "approximate" and "too large" in answer.reason
+
+
+def tokens_of(model, x, update):
+    """The equations of single tokens, and the tokens of a batch as its client has them, image by image."""
+    suspect = Suspect(model, update)
+    places, v = places_of(suspect, update), suspect.view
+    found = []
+    for X in to_patches(x, 8):
+        own = X @ v.weight(v.patch_weight).mT + v.offsets()
+        o = v.attended(torch.cat([v.known_tokens(), own]))[-4:]
+        none = torch.zeros(4, dtype=torch.double)
+        found.append(Tokens(torch.arange(4), torch.zeros(4, places.unknowns, dtype=torch.double), X, own, o, none))
+    return suspect, places, found
+
+
+def test_a_token_of_the_batch_solves_the_equations_of_its_place_and_a_mixture_does_not():
+    model = small()
+    x, update = batch(model, [1, 1, 3])
+    suspect, places, found = tokens_of(model, x, update)
+    assert (places.unknowns, places.equations) == (10, 49)   # T(B − 1) and H − M
+    known = [places.recalled(tokens, 0) for tokens in found]
+    assert all(len(tokens.x) == 4 and tokens.fit.max() < 1e-4 for tokens in known)
+    mixed = sum(tokens.u for tokens in known) / 3
+    assert places.outside(places.activations(torch.arange(4), mixed, False)[0]).norm(dim=1).min() > 1e-2
+
+
+def test_the_slopes_of_the_activations_are_those_of_differences():
+    model = small()
+    x, update = batch(model, [1, 2])
+    places = places_of(Suspect(model, update), update)
+    g = torch.Generator().manual_seed(0)
+    t, u, d = torch.arange(4), *torch.randn(2, 4, places.unknowns, generator=g, dtype=torch.double)
+    h = lambda u: places.activations(t, u, False)[0]
+    by_difference = (h(u + 1e-5 * d) - h(u - 1e-5 * d)) / 2e-5
+    by_slope = (places.activations(t, u)[1].double() @ d[..., None])[..., 0]
+    assert (by_slope - by_difference).norm() < 1e-5 * by_difference.norm()
+
+
+def test_a_token_names_its_companions_and_an_image_that_lacks_one_is_nearly_assembled():
+    model = small()
+    x, update = batch(model, [1, 1, 3])
+    suspect, _, found = tokens_of(model, x, update)
+    every = Tokens.together(found)
+    for i in range(12): assert sorted(companions(suspect.view, every, i).tolist()) == [4 * (i // 4) + j for j in range(4)]
+    images = assembled(suspect.view, every)
+    assert len(images) == 3 and all(min((X - P).abs().max() for P in to_patches(x, 8)) < 1e-9 for X in images)
+
+    model = small(init=init_timm)   # whose attention is nearly a mean
+    x, update = batch(model, [1, 1, 3])
+    suspect, _, found = tokens_of(model, x, update)
+    part = Tokens.together(found)[torch.arange(11)]   # the last image lacks a patch
+    assert len(assembled(suspect.view, part)) == 2
+    assert [8, 9, 10] in [sorted(members.tolist()) for members in nearly_assembled(suspect.view, part)]
+
+
+def test_a_solution_that_is_known_is_none_any_more():
+    model = small()
+    x, update = batch(model, [1, 2])
+    suspect, places, found = tokens_of(model, x, update)
+    known = places.recalled(found[0], 0)
+    g = torch.Generator().manual_seed(0)
+    near = known.u + 0.1 * torch.randn(known.u.shape, generator=g, dtype=torch.double)
+    away, _ = places.descend(known.place, near, 60, known)
+    back, fit = places.descend(known.place, near, 60, places.nothing())
+    assert (back - known.u).norm(dim=1).max() < 1e-3 and fit.max() < 1e-4
+    assert (away - known.u).norm(dim=1).min() > 0.01
+
+
+def test_an_activation_is_taken_for_one_only_if_it_acts_on_every_number_by_itself():
+    model, x = small().double().eval(), torch.randn(1, 1, 16, 16, dtype=torch.double)
+    first, second = "blocks.0.mlp.0", "blocks.0.mlp.2"
+    found, y = activation(model, first, second, x), torch.randn(3, 64, dtype=torch.double)
+    assert torch.equal(found(y), torch.nn.functional.gelu(y))
+    model.blocks[0].mlp[1] = torch.nn.LayerNorm(64).double()
+    assert activation(model, first, second, x) is None
+
+
+def test_single_tokens_settle_what_sinusoids_leave_open_of_one_image():
+    model = small(positions="sincos2d")
+    x = batch(small(), [3])[0]
+    update = client_update(model, x.float(), torch.tensor([3]))   # a formula has no gradient
+    assert subspace_leakage(model, update).verdict == "not-unique"
+    answer, = spans(model, [update])
+    assert psnr(answer.images, x).item() > 100 and answer.labels.tolist() == [3]
+
+
+def test_a_trained_model_is_no_harder():
+    model = small()
+    g = torch.Generator().manual_seed(2)
+    train(model, torch.randn(40, 1, 16, 16, generator=g), torch.arange(40) % 10, epochs=30, batch=10, lr=3e-3)
+    x, update = batch(model.eval(), [4, 4])
+    answer, = spans(model, [update])
+    assert paired(answer, x)[0].min() > 80
