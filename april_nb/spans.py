@@ -387,8 +387,9 @@ def activation(
     i, j = names.index(first), names.index(second)
     φ, y, read = nn.Sequential(*[call[1] for call in calls[i + 1:j]]), calls[i][3], calls[j][2][0]
     if not torch.equal(φ(y), read): return None
-    push = lambda d: jvp(φ, (y,), (d,))[1]
-    return φ if torch.allclose(push(y), push(torch.ones_like(y)) * y) else None
+    y = y.detach().requires_grad_()
+    pull = lambda d: torch.autograd.grad(φ(y), y, d)[0]
+    return φ if torch.allclose(pull(read), pull(torch.ones_like(y)) * read) else None
 
 # %% ../nbs/23_spans.ipynb #32c35ff1
 @dataclass(frozen=True)
@@ -492,8 +493,10 @@ class Places:
         z = self.z[t] + u @ self.zN
         variance = z.square().mean(1, keepdim=True) + self.ε
         y = (self.y[t] + u @ self.yN) / variance.sqrt()
-        h, slope = jvp(self.φ, (y + self.b,), (torch.ones_like(y),))
-        if not sloped: return h, None
+        if not sloped: return self.φ(y + self.b), None
+        read = (y + self.b).requires_grad_()
+        h = self.φ(read)
+        slope, h = torch.autograd.grad(h.sum(), read)[0], h.detach()
         shrink = (z @ self.zN.mT / variance / z.shape[1]).float()   # d log σ / du
         J = self.yN.mT.float() / variance.sqrt().float()[..., None] - y.float()[..., None] * shrink[:, None]
         return h, slope.float()[..., None] * J
