@@ -403,7 +403,8 @@ def errors(v, image, seen, met, scores):
                 error = lambda u: off_direction(u - bias.to(u), gain * (Z - Z.mean(1, keepdim=True)))
             fits = lambda u: u.is_floating_point() and u.ndim > 1 and u.shape[-1] == Z.shape[1]
             found["q, k, v"] = max(min(map(error, filter(fits, others)), default=math.inf) for others in met.values())
-            if behind := [seen[n][0] for n in seen if n not in (v.blocks, *v.classifiers)]:
+            behind = [seen[n][0] for n in seen if n not in (v.blocks, *v.classifiers)]
+            if behind and found["q, k, v"] < 1e-2:   # with other weights nothing follows
                 after = Z + v.attended(Z) @ v.weight(v.out).mT + v.bias(v.out)
                 found["attention"] = min(off(z, after) for z in behind)
     if v.head_weight is not None:
