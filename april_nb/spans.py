@@ -372,8 +372,8 @@ def mlp_of(
 
 def activation(
     model: nn.Module,  # in float64; left untouched
-    first: str,        # names of the two layers
-    second: str,
+    first: str,        # name of a linear layer
+    second: str,       # of the next one
     image: Tensor,     # to run it on, shape (1, channels, H, W)
 ) -> nn.Module | None: # φ; None if it is not known, or does not act on every number by itself
     """What a model does between two linear layers: the modules that ran, held against what the second layer reads."""
