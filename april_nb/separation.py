@@ -30,20 +30,23 @@ class Family:
     h: Tensor  # solution of least norm, a column for each place, shape (r, P)
     Q: Tensor  # orthonormal basis of the directions that the equations leave open, shape (r, k)
     systems: tuple[System, ...]  # certificates: patches, tokens, subspace
+    least: int  # directions that are open at least, by count: `Equations.open`
 
     def patches(
         self,
         c: Tensor,  # coordinates, shape (B, k, P)
+        places: Tensor | slice = slice(None),  # of the patches (default: each of P)
     ) -> Tensor:    # shape (B, P, D)
         """The patches of B images."""
-        return (self.R.to(c) @ (self.h.to(c) + self.Q.to(c) @ c)).mT
+        return (self.R.to(c) @ (self.h[:, places].to(c) + self.Q.to(c) @ c)).mT
 
     def coordinates(
         self,
         X: Tensor,  # patches, shape (B, P, D)
+        places: Tensor | slice = slice(None),  # of the patches (default: each of P)
     ) -> Tensor:    # shape (B, k, P)
         """Those of the nearest member of the family."""
-        return self.Q.mT @ (self.R.mT @ X.mT - self.h)
+        return self.Q.mT @ (self.R.mT @ X.mT - self.h[:, places])
 
 # %% ../nbs/22_separation.ipynb #5a121e09
 def family(
@@ -59,7 +62,8 @@ def family(
     """
     e = equations(view, update)
     solved = e.solve(update.dtype)
-    return Family(e.patches.basis, solved.X, solved.open, (e.patches.system, e.tokens.system, solved.system))
+    return Family(e.patches.basis, solved.X, solved.open, (e.patches.system, e.tokens.system, solved.system),
+                  e.open)
 
 # %% ../nbs/22_separation.ipynb #e0f7e7b2
 def separate(

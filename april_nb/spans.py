@@ -206,7 +206,14 @@ class Suspect:
         c: Tensor,  # coordinates, shape (k, P)
     ) -> Tensor:    # shape (1, channels, H, W)
         """The candidate."""
-        return from_patches(self.family.patches(c[None]), self.view.patch, *self.view.image_shape[1:])
+        return self.picture(self.family.patches(c[None]))
+
+    def picture(
+        self,
+        X: Tensor,  # patches, shape (1, P, D)
+    ) -> Tensor:    # shape (1, channels, H, W)
+        """An image of patches."""
+        return from_patches(X, self.view.patch, *self.view.image_shape[1:])
 
     def inputs(
         self,
@@ -466,7 +473,7 @@ class Places:
         rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
         L, l = rest.mT @ (γ[:, None] * centred(self.into.mT).mT), (centred(self.base) * γ) @ rest
         U, S, Vt = torch.linalg.svd(L)
-        own = equations(v, update).open + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent
+        own = family.least + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent
         fixed = max(min(L.shape[1] - own, len(S)), 0)
         self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
         self.z, self.zN = centred(self.base + self.w @ self.into.mT), centred(self.N.mT @ self.into.mT)   # (P, C), (n, C)
@@ -516,6 +523,7 @@ class Places:
     ) -> tuple[Tensor, Tensor]:  # log m, shape (n,), and its gradient, shape (n, k)
         """m = ∏ √(1 + ℓ² / ‖u − u_i‖²) over the solutions that are known at the place: it lifts the residual there."""
         log, slope, reach = torch.zeros_like(u[:, 0]), torch.zeros_like(u), self.N.shape[1]
+        if not len(known.x): return log, slope
         for i, place in enumerate(t.tolist()):
             way = u[i] - known.u[known.place == place]
             d = way.square().sum(1, keepdim=True).clamp(min=1e-9)
@@ -597,7 +605,7 @@ class Places:
     ) -> Tokens:
         """What coordinates say of tokens."""
         w = (self.w[t] + u @ self.N.mT) * self.scale
-        patch = (self.family.R @ (self.family.h[:, t] + self.family.Q @ w[:, :self.k].mT)).mT
+        patch = self.family.patches(w[:, :self.k].mT, t)
         x = patch @ self.view.weight(self.view.patch_weight).mT + self.view.offsets()[t]
         return Tokens(t, u, patch, x, w[:, self.k:] @ self.U.mT, fit)
 
@@ -607,7 +615,7 @@ class Places:
         steps: int,      # of Gauss–Newton, at most
     ) -> Tokens:         # those that are right here, too
         """Tokens that were found before images were taken off; those of these images are none any more."""
-        c = self.family.Q.mT @ (self.family.R.mT @ tokens.patch.mT - self.family.h[:, tokens.place])
+        c = self.family.coordinates(tokens.patch, tokens.place)
         w = torch.cat([c.mT, tokens.o @ self.U], 1) / self.scale
         u, fit = self.descend(tokens.place, (w - self.w[tokens.place]) @ self.N, steps, self.nothing())
         return self.nothing().with_more(self.tokens(tokens.place, u, fit).right)
@@ -692,7 +700,7 @@ def filled(
 ) -> Tensor | None:    # patches of the whole image, shape (P, D); None if none fits
     """The image whose other patches fit all spans of the first layers, with those that are known held fixed."""
     c = torch.zeros(suspect.shape, dtype=torch.double, device=part.patch.device)
-    c[:, part.place] = suspect.family.Q.mT @ (suspect.family.R.mT @ part.patch.mT - suspect.family.h[:, part.place])
+    c[:, part.place] = suspect.family.coordinates(part.patch, part.place)
     missing = torch.ones(suspect.shape[1], dtype=torch.bool, device=c.device)
     missing[part.place] = False
     places = missing.nonzero()[:, 0]
@@ -866,20 +874,20 @@ class Peeling:
     def by_tokens(self, suspect, places, steps, seeds):
         """Candidates that are complete after each round of first guesses, one for every place that lacks tokens."""
         tokens = places.nothing() if self.tokens is None else places.recalled(self.tokens, steps)
-        put = lambda X: from_patches(X[None], suspect.view.patch, *suspect.view.image_shape[1:])
+        told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
         everywhere = torch.arange(suspect.shape[1], device=suspect.family.h.device)
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
             g = generator_of(seed)
             like = tokens.o[torch.randint(len(tokens.x), (), generator=g)] if len(tokens.x) and seed % 3 else None
             missing = everywhere[tokens.place.bincount(minlength=len(everywhere)) < self.rest.examples]
-            more = places.search(missing if len(missing) else everywhere, g, steps, tokens, like, lambda fit, X: self.tell(fit, [put(X)]))
+            more = places.search(missing if len(missing) else everywhere, g, steps, tokens, like, told)
             if self.late: return
             tokens = tokens.with_more(more.right)
             if len(tokens.x): self.tokens = tokens
             whole = assembled(suspect.view, tokens)
             for members in nearly_assembled(suspect.view, tokens) if not whole and len(more.right.x) else ():
                 if (X := filled(suspect, tokens[members], steps)) is not None: whole.append(X)
-            yield [put(X) for X in whole]
+            yield [suspect.picture(X[None]) for X in whole]
 
     def find(
         self,

@@ -470,9 +470,9 @@ def square(n):
     """The root of a square number, None of any other."""
     return math.isqrt(n) if n > 0 and math.isqrt(n) ** 2 == n else None
 
-def first(module, names, default=None):
-    """The value of the first of some attributes that a module has."""
-    return next((value for n in names if (value := getattr(module, n, None)) is not None), default)
+def first(module, names):
+    """The value of the first of some attributes that a module has; None if it has none."""
+    return next((value for n in names if (value := getattr(module, n, None)) is not None), None)
 
 def attention_parts(model, qkv, width):
     """Name of W_o, number of heads and scale of the attention that holds the weights q, k, v."""
