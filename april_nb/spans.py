@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'SAME', 'RIGHT', 'HOLD', 'ROUNDS', 'AT_ONCE', 'NEAR', 'FALLEN', 'Heard',
            'Enough', 'Listener', 'Span', 'rehearse', 'input_spans', 'Suspect', 'jacobian', 'Formed', 'Products',
-           'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'places_of', 'companions', 'assembled',
-           'nearly_assembled', 'filled', 'share', 'without', 'label_of', 'Find', 'certify', 'polish', 'Peeling',
-           'linear_error', 'conclude', 'peel', 'spans']
+           'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'places_of', 'wanted', 'companions',
+           'assembled', 'share', 'without', 'label_of', 'Find', 'certify', 'polish', 'Peeling', 'linear_error',
+           'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -638,6 +638,22 @@ def places_of(
     places = φ and Places(suspect, update, mlp, φ)
     return places if places and places.unknowns < places.equations else None
 
+# %% ../nbs/23_spans.ipynb #b4def595
+NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
+
+def wanted(
+    tokens: Tokens,  # found so far
+    P: int,          # places
+    generator: torch.Generator,  # of the choice
+) -> tuple[Tensor | None, Tensor]:  # the heads' output to begin with, shape (C,); places to search at, at most P
+    """What an image that lacks tokens would have: every image has the same chance, however many of its tokens are found."""
+    everywhere = torch.arange(P)
+    if not len(tokens.o): return None, everywhere
+    near = torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)
+    i = torch.multinomial(1 / near.sum(0).cpu(), 1, generator=generator).item()
+    lacking = everywhere[~torch.isin(everywhere, tokens.place[near[:, i]].cpu())]
+    return tokens.o[i], lacking.repeat(P // len(lacking)) if len(lacking) else everywhere
+
 # %% ../nbs/23_spans.ipynb #4332df64
 def companions(
     view: View,      # of the server's model
@@ -676,38 +692,6 @@ def assembled(
         if (attended - image.o).norm() * 3 * P > image.o.norm(): continue   # a stranger would move a mean over P tokens by more
         images.append(image.patch)
     return images
-
-# %% ../nbs/23_spans.ipynb #b02fd0a4
-NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
-
-def nearly_assembled(
-    view: View,      # of the server's model
-    tokens: Tokens,  # found so far, the best first
-) -> list[Tensor]:   # numbers of tokens, one for a place each
-    """Tokens with outputs of the heads that are alike, for a few places too few to be an image."""
-    P, counts, groups = view.patches, tokens.place.bincount(minlength=view.patches), {}
-    for i in (tokens.place == counts.argmax()).nonzero()[:, 0].tolist():
-        off = (tokens.o - tokens.o[i]).norm(dim=1) / tokens.o[i].norm()
-        near = [min((tokens.place == t).nonzero()[:, 0].tolist(), key=lambda j: off[j]) for t in tokens.place.unique()]
-        members = tuple(j for j in near if off[j] < NEAR)
-        if 3 * P <= 4 * len(members) < 4 * P: groups[members] = torch.tensor(members, device=tokens.place.device)
-    return list(groups.values())
-
-def filled(
-    suspect: Suspect,  # of the update
-    part: Tokens,      # of one image, with some places missing
-    steps: int,        # of Gauss–Newton, at most
-) -> Tensor | None:    # patches of the whole image, shape (P, D); None if none fits
-    """The image whose other patches fit all spans of the first layers, with those that are known held fixed."""
-    c = torch.zeros(suspect.shape, dtype=torch.double, device=part.patch.device)
-    c[:, part.place] = suspect.family.coordinates(part.patch, part.place)
-    missing = torch.ones(suspect.shape[1], dtype=torch.bool, device=c.device)
-    missing[part.place] = False
-    places = missing.nonzero()[:, 0]
-    whole = lambda some: c.to(some).index_copy(1, places, some)
-    units = suspect.units(suspect.image(c), suspect.deep)
-    some, r, _ = descend(lambda some: suspect.residual(whole(some), suspect.deep, units), c[:, places], steps)
-    return suspect.family.patches(whole(some)[None])[0] if r.square().mean().sqrt() < ARRIVED else None
 
 # %% ../nbs/23_spans.ipynb #3775d3cd
 def share(
@@ -872,22 +856,18 @@ class Peeling:
                 if fit < ARRIVED: yield [suspect.image(c)]
 
     def by_tokens(self, suspect, places, steps, seeds):
-        """Candidates that are complete after each round of first guesses, one for every place that lacks tokens."""
+        """Candidates that are complete after each round of first guesses, some at places that an image lacks."""
         tokens = places.nothing() if self.tokens is None else places.recalled(self.tokens, steps)
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
-        everywhere = torch.arange(suspect.shape[1], device=suspect.family.h.device)
+        P = suspect.shape[1]
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
             g = generator_of(seed)
-            like = tokens.o[torch.randint(len(tokens.x), (), generator=g)] if len(tokens.x) and seed % 3 else None
-            missing = everywhere[tokens.place.bincount(minlength=len(everywhere)) < self.rest.examples]
-            more = places.search(missing if len(missing) else everywhere, g, steps, tokens, like, told)
+            like, at = wanted(tokens, P, g) if seed % 4 else (None, torch.arange(P))
+            more = places.search(at.to(suspect.family.h.device), g, steps, tokens, like, told)
             if self.late: return
             tokens = tokens.with_more(more.right)
             if len(tokens.x): self.tokens = tokens
-            whole = assembled(suspect.view, tokens)
-            for members in nearly_assembled(suspect.view, tokens) if not whole and len(more.right.x) else ():
-                if (X := filled(suspect, tokens[members], steps)) is not None: whole.append(X)
-            yield [suspect.picture(X[None]) for X in whole]
+            yield [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
 
     def find(
         self,

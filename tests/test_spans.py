@@ -11,7 +11,7 @@ from april_nb.defenses import gaussian
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
-                            nearly_assembled, places_of, spans)
+                            places_of, spans, wanted)
 from april_nb.subspace import subspace_leakage
 from april_nb.training import train
 from april_nb.views import view
@@ -261,7 +261,7 @@ def test_the_slopes_of_the_activations_are_those_of_differences():
     assert (by_slope - by_difference).norm() < 1e-5 * by_difference.norm()
 
 
-def test_a_token_names_its_companions_and_an_image_that_lacks_one_is_nearly_assembled():
+def test_a_token_names_its_companions_and_a_search_goes_where_an_image_lacks_one():
     model = small()
     x, update = batch(model, [1, 1, 3])
     suspect, _, found = tokens_of(model, x, update)
@@ -275,7 +275,11 @@ def test_a_token_names_its_companions_and_an_image_that_lacks_one_is_nearly_asse
     suspect, _, found = tokens_of(model, x, update)
     part = Tokens.together(found)[torch.arange(11)]   # the last image lacks a patch
     assert len(assembled(suspect.view, part)) == 2
-    assert [8, 9, 10] in [sorted(members.tolist()) for members in nearly_assembled(suspect.view, part)]
+    for seed in range(10):
+        like, at = wanted(part, 4, torch.Generator().manual_seed(seed))
+        i = (part.o == like).all(1).nonzero().item()
+        assert at.tolist() == ([3, 3, 3, 3] if i >= 8 else [0, 1, 2, 3])
+    assert wanted(part[:0], 4, torch.Generator())[1].tolist() == [0, 1, 2, 3]
 
 
 def test_a_solution_that_is_known_is_none_any_more():
