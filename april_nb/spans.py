@@ -6,7 +6,7 @@
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'SAME', 'RIGHT', 'HOLD', 'ROUNDS', 'AT_ONCE', 'NEAR', 'FALLEN', 'Heard',
            'Enough', 'Listener', 'Span', 'rehearse', 'input_spans', 'Suspect', 'jacobian', 'Formed', 'Products',
            'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'places_of', 'wanted', 'companions',
-           'assembled', 'share', 'without', 'label_of', 'Find', 'certify', 'polish', 'Peeling', 'linear_error',
+           'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify', 'polish', 'Peeling', 'linear_error',
            'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
@@ -678,6 +678,14 @@ def companions(
         members = torch.cat([members[:1], named[tokens.fit[named].argsort()]])
     return members
 
+def alike(
+    tokens: Tokens,  # found so far, of all images
+    i: int,          # one of them
+) -> Tensor:         # numbers of one token for every place that has any
+    """The tokens whose heads gave what is nearest to the output of token i's."""
+    off = (tokens.o - tokens.o[i]).norm(dim=1)
+    return torch.stack([torch.where(tokens.place == t, off, math.inf).argmin() for t in tokens.place.unique()])
+
 def assembled(
     view: View,      # of the server's model
     tokens: Tokens,  # found so far, the best first
@@ -685,12 +693,13 @@ def assembled(
     """The images of which a token has been found for every place."""
     images, P, counts = [], view.patches, tokens.place.bincount(minlength=view.patches)
     for i in (tokens.place == counts.argmin()).nonzero()[:, 0].tolist():   # every whole image has one of these
-        members = companions(view, tokens, i)
-        if sorted(tokens.place[members].tolist()) != list(range(P)): continue
-        image = tokens[members[tokens.place[members].argsort()]]
-        attended = view.attended(torch.cat([view.known_tokens(), image.x]))[-P:]
-        if (attended - image.o).norm() * 3 * P > image.o.norm(): continue   # a stranger would move a mean over P tokens by more
-        images.append(image.patch)
+        for members in (companions(view, tokens, i), alike(tokens, i)):
+            if sorted(tokens.place[members].tolist()) != list(range(P)): continue
+            image = tokens[members[tokens.place[members].argsort()]]
+            attended = view.attended(torch.cat([view.known_tokens(), image.x]))[-P:]
+            if (attended - image.o).norm() * 3 * P > image.o.norm(): continue   # a stranger would move a mean over P tokens by more
+            images.append(image.patch)
+            break
     return images
 
 # %% ../nbs/23_spans.ipynb #3775d3cd
