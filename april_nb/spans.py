@@ -7,7 +7,7 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'SAME', 'RIGHT', 'HOLD', 'ROUND
            'Enough', 'Listener', 'Span', 'rehearse', 'input_spans', 'Suspect', 'jacobian', 'Formed', 'Products',
            'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'places_of', 'wanted', 'companions',
            'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify', 'polish', 'Peeling', 'linear_error',
-           'conclude', 'peel', 'spans']
+           'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -733,7 +733,8 @@ def label_of(
     image: Tensor,          # shape (1, channels, H, W)
     whole: Update,          # the client's
     classes: Sequence[int], # candidates, the likeliest first
-) -> int | None:            # its class; None if the image is none of the batch
+    scale: float | None = 1.0,  # what the client multiplied its gradient with; None: what each class asks for
+) -> tuple[int, float] | None:  # its class, and the scale; None if the image is none of the batch
     """The class for which taking off ∇l(x, y) / B makes the rank of a layer's gradient fall by x's tokens.
 
     Tokens on the right are turned and scaled so that the gradient's M singular values are one, or the smallest of
@@ -741,13 +742,15 @@ def label_of(
     """
     span = suspect.shallow[0]
     stacked = lambda of: torch.cat([suspect.view.gradient(of, n) for n in span.names])
-    _, S, Vt = torch.linalg.svd(stacked(update), full_matrices=False)
-    M = span.rank - len(span.rows) * (suspect.examples - update.examples)   # images that were taken off since
-    ones = Vt[:M].mT / S[:M]
+    U, S, Vt = torch.linalg.svd(stacked(update), full_matrices=False)
+    n = len(span.rows)
+    M = span.rank - n * (suspect.examples - update.examples)   # images that were taken off since
     for label in classes:
         part = share(model, whole, image, label)
-        left = torch.linalg.svdvals((stacked(update) - torch.cat([part[n] for n in span.names])) @ ones)
-        if left[-len(span.rows):].square().mean().sqrt() < FALLEN: return label
+        own = torch.cat([part[name] for name in span.names]) @ (Vt[:M].mT / S[:M])
+        λ = n / (U[:, :M] * own).sum().item() if scale is None else scale
+        left = torch.linalg.svdvals(U[:, :M] - λ * own)
+        if left[-n:].square().mean().sqrt() < FALLEN: return label, λ
     return None
 
 # %% ../nbs/23_spans.ipynb #41ad60c3
@@ -821,6 +824,7 @@ class Peeling:
         self.model, self.update, self.classes, self.end, self.told = model, update, classes, end, told
         self.server, self.whole, self.rest = copy.deepcopy(model).double().eval(), Suspect(model, update), update
         self.finds: list[Find] = []
+        self.scale = 1.0   # of the client's gradient, by clipping for example
         self.tokens: Tokens | None = None   # of images that are not complete
         self.history: list[float] = []
 
@@ -887,21 +891,24 @@ class Peeling:
         suspect, before = Suspect(self.model, self.rest), len(self.finds)
         for images in self.guesses(suspect, steps, seeds):
             for image in images:
-                image, fit, error, system = polish(self.whole, image)
-                label = label_of(suspect, self.server, self.rest, image, self.update, self.likely())
-                if label is not None: self.take(Find(image, label, fit, error, system))
+                self.take(suspect, image, self.likely())
             if len(self.finds) > before: return True
         return False
 
-    def again(self, image: Tensor, label: int) -> None:
-        """Takes an image off that was found before."""
+    def take(
+        self,
+        suspect: Suspect,        # of what was left before `find` began
+        image: Tensor,           # shape (1, channels, H, W)
+        classes: Sequence[int],  # candidates
+    ) -> None:
+        """Polishes and labels an image, and takes its share off what is left, if it is one of the batch."""
         image, fit, error, system = polish(self.whole, image)
-        self.take(Find(image, label, fit, error, system))
-
-    def take(self, find: Find) -> None:
-        """Takes an image's share off what is left."""
-        self.finds.append(find)
-        self.rest = without(self.rest, share(self.server, self.update, find.image, find.label))
+        label = lambda scale: label_of(suspect, self.server, self.rest, image, self.update, classes, scale)
+        if (known := label(self.scale) or (None if self.finds else label(None))) is None: return
+        label, self.scale = known
+        self.finds.append(Find(image, label, fit, error, system))
+        part = share(self.server, self.update, image, label)
+        self.rest = without(self.rest, {name: self.scale * g for name, g in part.items()})
 
 # %% ../nbs/23_spans.ipynb #5efd496d
 def linear_error(
@@ -916,13 +923,24 @@ def linear_error(
     return math.hypot(by_tokens, e.patches.error(X.mT).norm().item() / len(X) ** 0.5)
 
 # %% ../nbs/23_spans.ipynb #b7684cb2
+def unexplained(
+    update: Update,  # what the client sent
+    rest: Update,    # what the images' shares have left of it
+) -> float:          # relative to the norm of what was sent
+    """What images cannot explain of an update, whatever their shares' scale, which may be known from one image alone."""
+    pairs = [(g.double(), rest[name].double()) for name, g in update.gradients.items()]
+    ss, sr, rr = (sum((a * b).sum() for a, b in some).item() for some in (
+        [(s, s) for s, _ in pairs], pairs, [(r, r) for _, r in pairs]))
+    taken = ss - 2 * sr + rr
+    μ = (ss - sr) / taken if taken else 0.0
+    return (sum(((1 - μ) * s + μ * r).square().sum() for s, r in pairs).item() / ss) ** 0.5
+
 def conclude(
     peeling: Peeling,  # as far as it came
 ) -> Reconstruction:   # the images found, with certificates
     """The verdict: exact if all images are found and foretold to be, and nothing is left of the update."""
     update, finds, B = peeling.update, peeling.finds, peeling.update.examples
-    total = lambda u: sum(g.double().square().sum() for g in u.gradients.values()).sqrt().item()
-    left = total(peeling.rest) / total(update)
+    left = unexplained(update, peeling.rest)
     linear = linear_error(peeling.whole.view, update, peeling.images) if finds else math.inf
     error = math.hypot(linear, max(find.error for find in finds)) if finds else math.inf
     formed = [find.system for find in finds if find.system is not None]
@@ -971,7 +989,7 @@ def peel(
     peeling = Peeling(model, update, classes, end, told)
     if update.examples == 1 and not peeling.whole.shape[0]: return subspace_leakage(model, update)
     if before is not None:
-        for image, label in zip(before.images.split(1), before.labels.tolist()): peeling.again(image, label)
+        for image, label in zip(before.images.split(1), before.labels.tolist()): peeling.take(peeling.whole, image, [label])
     enough = peeling.whole.equations >= math.prod(peeling.whole.shape)
     while enough and not peeling.complete and peeling.find(steps, seeds): pass
     return conclude(peeling)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
-from april_nb.defenses import gaussian, withhold
+from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
@@ -122,7 +122,7 @@ def test_only_the_right_label_lowers_the_rank_and_an_image_of_another_batch_lowe
     x, update = batch(model, [4, 9, 4])
     suspect, server = Suspect(model, update), copy.deepcopy(model).double()
     for image, label in zip(x.split(1), [4, 9, 4]):
-        assert label_of(suspect, server, update, image, update, range(10)) == label
+        assert label_of(suspect, server, update, image, update, range(10)) == (label, 1.0)
         wrong = [y for y in range(10) if y != label]
         assert label_of(suspect, server, update, image, update, wrong) is None
     other = batch(model, [4], seed=1)[0]
@@ -303,6 +303,18 @@ def test_an_activation_is_taken_for_one_only_if_it_acts_on_every_number_by_itsel
     assert torch.equal(found(y), torch.nn.functional.gelu(y))
     model.blocks[0].mlp[1] = torch.nn.LayerNorm(64).double()
     assert activation(model, first, second, x) is None
+
+
+def test_a_clipped_batch_comes_back_and_says_by_how_much_it_was_clipped():
+    model = small()
+    x, update = batch(model, [1, 1, 3])
+    peeling = Peeling(model, clip(update, 0.1), None, math.inf, lambda fit, images: None)
+    while not peeling.complete and peeling.find(60, [0, 1]): pass
+    answer = conclude(peeling)
+    assert answer.verdict == "exact" and sorted(answer.labels.tolist()) == [1, 1, 3]
+    assert min(psnr(answer.images[best_assignment(answer.images, x)], x)) > 80
+    norm = sum(g.double().square().sum() for g in update.gradients.values()).sqrt().item()
+    assert peeling.scale == pytest.approx(0.1 / norm, rel=1e-4)
 
 
 def test_both_embeddings_withheld_hide_one_direction_of_a_patch_as_large_as_a_token():
