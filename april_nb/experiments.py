@@ -388,7 +388,7 @@ def defense_arms(preset):
         if positions != "learned" or know == "secret": kept.add("positions")
         if "body" in kept: kept = {"positions", "patch", "block"}
         for name, attack in ATTACKS.items():
-            if name == "spans" or kept & set(attack.reads) - set(attack.spares): continue
+            if kept & set(attack.reads) - set(attack.spares): continue
             if not attack.searches:
                 yield Arm("cifar10", "A" if name == "closed-form" else "B", name, **common), n
                 continue
