@@ -380,7 +380,7 @@ DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
 
 def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
-    steps, in_span, n, some, batches = {"quick": (4, 2, 1, 1, {2: 1}), "paper": (300, 100, 10, 5, {4: 2, 8: 1})}[preset]
+    steps, in_span, n, some, batches = {"quick": (4, 2, 1, 1, {2: 1}), "paper": (300, 100, 10, 5, {4: 1, 8: 1})}[preset]
     by_lbfgs = dict(labels="restored", steps=steps, attack=BY_LBFGS)
     for defense, positions, know in DEFENDED:
         common = dict(defense=tuple(defense), positions=positions, know=know)
@@ -400,7 +400,7 @@ def defense_arms(preset):
         for size, count in batches.items():
             batch = dict(batch=size, classes="random")
             if "block" not in kept:
-                of_spans = dict(restarts=2) if preset == "paper" else dict(steps=2)
+                of_spans = dict(steps={"quick": 2, "paper": 40}[preset])
                 yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
             yield Arm("cifar10", "B", "dlg", **by_lbfgs, **batch, **common), size * count
 

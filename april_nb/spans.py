@@ -441,7 +441,7 @@ class Tokens:
 SAME = 0.02    # tokens of one place that are closer than this, relative, are one
 RIGHT = 1.5e-3 # a token that leaves less of the activations outside their span is taken for one of the batch's
 HOLD = 0.02     # of the heads' output, relative to a residual of one
-ROUNDS = 10     # first guesses for every place, for each restart
+ROUNDS = 20     # first guesses for every place, for each restart
 AT_ONCE = 4e7  # numbers in a Jacobian of several tokens
 
 class Places:
