@@ -550,7 +550,7 @@ class Places:
             r = self.outside(self.activations(t[on], u, False)[0]).norm(dim=1) * self.repelled(t[on], u, known)[0].exp()
             return torch.hypot(r, ((u - held[on]) @ heads.mT).norm(dim=1)) if hold else r
         fit = cost(going, u)
-        for _ in range(steps):
+        for _ in range(steps if u.shape[1] else 0):   # without unknowns linear equations alone have decided
             on = going.nonzero()[:, 0]
             if not len(on): break
             h, J = self.activations(t[on], u[on])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
-from april_nb.defenses import clip, gaussian, withhold
+from april_nb.defenses import clip, defense, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
@@ -303,6 +303,15 @@ def test_an_activation_is_taken_for_one_only_if_it_acts_on_every_number_by_itsel
     assert torch.equal(found(y), torch.nn.functional.gelu(y))
     model.blocks[0].mlp[1] = torch.nn.LayerNorm(64).double()
     assert activation(model, first, second, x) is None
+
+
+@pytest.mark.parametrize("spec", ["gaussian:0.1*rms", "quantize:8"])
+def test_one_image_whose_equations_have_drowned_in_noise_is_not_called_found(spec):
+    model = small()
+    x, update = batch(model, [1])
+    update = defense(spec, view(model), torch.Generator().manual_seed(0))(update)
+    answer, = spans(model, [update], steps=3, restarts=1)
+    assert answer.verdict not in ("exact", "not-unique") and answer.images.isfinite().all()
 
 
 def test_a_clipped_batch_comes_back_and_says_by_how_much_it_was_clipped():
