@@ -293,12 +293,6 @@ def test_json_text_and_page_tell_the_same(report):
     assert "data:image/png;base64," in html and "http" not in html
 
 
-def test_the_package_is_called_like_the_function():
-    code = "import april_nb; assert callable(april_nb.audit); from april_nb.audit import audit; assert april_nb.audit.audit is audit"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"): april_nb.nothing
-
-
 @pytest.mark.parametrize("spec", ["keras:vit", "timm:vit_enormous", "torchvision:vit_enormous", "ours:vit_huge",
                                   "hf:/nowhere", "torchvision:resnet18", "timm:"])
 def test_an_unknown_model_is_one_line(spec, monkeypatch):
