@@ -25,6 +25,7 @@ from . import training as training
 from . import views as views
 from . import vit as vit
 from .attacks import ATTACKS as ATTACKS
+from .attacks import attack as attack
 from .attacks import best_attack as best_attack
 from .audit import audit as audit
 from .certificate import Reconstruction as Reconstruction
@@ -35,6 +36,8 @@ from .federated import client_update as client_update
 from .federated import load_update as load_update
 from .federated import save_update as save_update
 from .models import named_model as named_model
+from .models import normalisation_of as normalisation_of
+from .views import check_view as check_view
 from .views import register_view as register_view
 from .views import view as view
 
