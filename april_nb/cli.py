@@ -23,7 +23,7 @@ from dataclasses import replace
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -81,7 +81,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="print the ver
                                                 callback=say_version)] = False) -> None:
     """What a Vision Transformer's gradients give away. Attack only what is yours, or what you may test."""
 
-UsageError = typer.BadParameter.__base__   # of typer's own click, or of the installed one that it uses
+UsageError: Any = typer.BadParameter.__base__   # of typer's own click, or of the installed one that it uses
 
 # %% ../nbs/93_cli.ipynb #e45d97ce
 A_MODEL = ("LIBRARY:NAME with a library of {models.LIBRARIES}, such as timm:vit_small_patch16_224; "
@@ -184,7 +184,7 @@ def attack(
         named = april_nb.named_model(model, weights, seed, pretrained=pretrained, **shape)
         clients, format = named.model.to(where, computed_in(dtype)), named.format
         if know == "shared" and not april_nb.view(clients).learns_positions: know = "withheld"
-        server = april_nb.vit.guess_positions(clients, init, seed + 1) if know == "secret" else clients
+        server = april_nb.vit.guess_positions(clients, init, seed + 1) if know == "secret" else clients  # type: ignore[arg-type]  # refused but for ours
     with status("reading images and update"):
         private = read_private(images, format, played=update is None)
         x = None if private is None else format.normalisation(private).to(where)
@@ -354,8 +354,8 @@ def audit_command(
     weights: WEIGHTS = None,
     pretrained: PRETRAINED = False,
     update: UPDATE = None,
-    label: Annotated[list[int], typer.Option(
-        metavar="K", help="the image's true class; once, or once per image")] = [0],
+    label: Annotated[list[int] | None, typer.Option(
+        metavar="K", help="the image's true class; once, or once per image (default: 0)", show_default=False)] = None,
     budget: Annotated[float, typer.Option(
         min=0, metavar="SECONDS", help="for all searches together, on the update and after every cure that no closed form "
                                        "has failed; closed forms always run, and the report says what would end the rest")] = 30,
@@ -371,7 +371,7 @@ def audit_command(
         named = april_nb.named_model(model, weights, seed, pretrained=pretrained)
         sent = None if update is None else april_nb.load_update(update)
         private = read_private(images, named.format, played=sent is None)
-        truth = None if private is None else class_labels(label, len(private), classes_of(named.model))
+        truth = None if private is None else class_labels(label or [0], len(private), classes_of(named.model))
         report = april_nb.audit(named.model, private, truth, update=sent, normalisation=named.format.normalisation,
                                 budget=budget, seed=seed, name=name_in_words(model, named.random_weights, seed),
                                 watch=status.update)
@@ -440,15 +440,15 @@ def bench_command(
     model: Annotated[str, typer.Option(
         metavar="NAME", help="one of the paper's models: {vit.PRESETS}", autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
     arch: Annotated[Arch, typer.Option(help="the paper's architecture")] = "B",
-    victims: Annotated[list[int], typer.Option(
-        min=1, metavar="N", help="how many at once; repeat for more rows")] = [1, 4, 16, 64],
+    victims: Annotated[list[int] | None, typer.Option(
+        min=1, metavar="N", help="how many at once; repeat for more rows (default: 1, 4, 16, 64)", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
     """Times the matching engine against the plain autograd step."""
     where, rows = april_nb.experiments.device(device), []
     with Console(stderr=True, force_jupyter=False).status("timing"):
-        for row in april_nb.bench.bench(model, arch, sorted(victims), where): rows.append(row)
+        for row in april_nb.bench.bench(model, arch, sorted(victims or (1, 4, 16, 64)), where): rows.append(row)
     if as_json:
         print(json.dumps(rows))
         return

@@ -10,14 +10,12 @@ import torch
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import nn
 
-import april_nb
 from april_nb.attacks import ATTACKS
 from april_nb.audit import DRAWS, MECHANISMS, STOPPED, audit, clipped_noise, page, text
 from april_nb.data import FORMATS, photos
 from april_nb.defenses import defense, noise_generator
-from april_nb.federated import AprilError, InvalidUpdate, Update, client_update
+from april_nb.federated import AprilError, Update, client_update
 from april_nb.metrics import psnr
 from april_nb.models import named_model
 from april_nb.privacy import exact_epsilon

@@ -32,7 +32,7 @@ def test_every_module_is_an_attribute_unless_a_function_has_its_name():
     for name in MODULES:
         thing = getattr(april_nb, name)
         assert inspect.ismodule(thing) or name == "audit" and inspect.isfunction(thing)
-    with pytest.raises(AttributeError, match="nothing"): april_nb.nothing
+    with pytest.raises(AttributeError, match="nothing"): _ = april_nb.nothing
 
 
 @pytest.mark.parametrize("first", ["april_nb.audit", "from april_nb.audit import page", "import april_nb.audit", "from april_nb.cli import main"])
