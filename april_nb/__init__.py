@@ -8,5 +8,5 @@ Names and modules load when they are first used. `__init__.pyi` lists them.
 """
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
