@@ -267,7 +267,7 @@ def attack(
     labels: Tensor | None = None,  # classes of the images, shape (B,), if they are known
     **terms,                       # further fields of `Terms`, such as steps or seconds
 ) -> Reconstruction:               # says which method it was
-    """What a server recovers from one client's update.
+    """What a server recovers from one client's update; further terms are fields of `Terms`, such as `seconds`.
 
     Raises
     ------
