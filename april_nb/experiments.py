@@ -359,7 +359,7 @@ def span_arms(preset):
     """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
     kinds = {"quick": [("torch", 2, "pair", 1)],
              "paper": [("torch", 2, "pair", 10), ("timm", 2, "pair", 10), ("torch", 4, "random", 10),
-                       ("timm", 4, "random", 10), ("torch", 8, "random", 10), ("timm", 8, "random", 2)]}[preset]
+                       ("timm", 4, "random", 10), ("torch", 8, "random", 10), ("timm", 8, "random", 10)]}[preset]
     common = dict(restarts=10, know="withheld")
     for init, batch, classes, n in kinds:
         yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, **common), n * batch
@@ -367,34 +367,43 @@ def span_arms(preset):
                                   ("cifar10", "torch", 40), ("mnist", "torch", 12), ("mnist", "timm", 12)]:
         yield (Arm(dataset, "B", "spans", init=init, batch=2, classes="pair", epochs=epochs, **common),
                {"quick": 0, "paper": 20}[preset])
-    large = Arm("photos", "B", "spans", batch=4, classes="distinct", model={"patch": 32}, **common)
-    yield large, {"quick": 0, "paper": 4}[preset]   # a ViT-B/32 on photographs of 224 × 224
+    for dataset, classes, n in [("photos", "distinct", 4), ("imagenet", "random", 20)]:   # a ViT-B/32 at 224 × 224
+        large = Arm(dataset, "B", "spans", batch=4, classes=classes, model={"patch": 32}, **common)
+        yield large, {"quick": 0, "paper": n}[preset]
 
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
     "", "clip:1", "l1-clip:10", "gaussian:0.001*rms", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms",
-    "laplace:0.1*rms", "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
+    "laplace:0.1*rms", "clip:1 gaussian:0.00001", "clip:1 gaussian:0.0001", "clip:1 gaussian:0.001",
+    "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
     "withhold:positions withhold:patch", "withhold:positions withhold:patch withhold:block", "withhold:body")]
 DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
 
 def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
-    steps, in_span, n, some = {"quick": (4, 2, 1, 1), "paper": (300, 100, 10, 5)}[preset]
+    steps, in_span, n, some, batches = {"quick": (4, 2, 1, 1, {2: 1}), "paper": (300, 100, 10, 5, {4: 2, 8: 1})}[preset]
+    by_lbfgs = dict(labels="restored", steps=steps, attack=BY_LBFGS)
     for defense, positions, know in DEFENDED:   # noqa: F402
         common = dict(defense=tuple(defense), positions=positions, know=know)
         kept = {spec.removeprefix("withhold:") for spec in defense if spec.startswith("withhold:")}
         if positions != "learned" or know == "secret": kept.add("positions")
         if "body" in kept: kept = {"positions", "patch", "block"}
         for name, attack in ATTACKS.items():
-            if kept & set(attack.reads) - set(attack.spares): continue
+            if name == "spans" or kept & set(attack.reads) - set(attack.spares): continue
             if not attack.searches:
                 yield Arm("cifar10", "A" if name == "closed-form" else "B", name, **common), n
                 continue
-            few, spans = attack.images[0], "block" in attack.reads
+            few, in_spans = attack.images[0], "block" in attack.reads
             batch = dict(batch=few, classes="distinct") if few > 1 else {}
-            yield (Arm("cifar10", "B", name, labels="restored", steps=in_span if spans else steps, **batch, **common),
-                   few * (some if spans else n))
-        yield Arm("cifar10", "B", "dlg", labels="restored", steps=steps, attack=BY_LBFGS, **common), n
+            yield (Arm("cifar10", "B", name, labels="restored", steps=in_span if in_spans else steps, **batch, **common),
+                   few * (some if in_spans else n))
+        yield Arm("cifar10", "B", "dlg", **by_lbfgs, **common), n
+        for size, count in batches.items():
+            batch = dict(batch=size, classes="random")
+            if "block" not in kept:
+                of_spans = dict(restarts=2) if preset == "paper" else dict(steps=2)
+                yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
+            yield Arm("cifar10", "B", "dlg", **by_lbfgs, **batch, **common), size * count
 
 def figure6_arms(preset):
     """Figure 6: noise of two kinds under two readings of its size, closed form (chapter 17)."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .certificate import Reconstruction, System
+from .certificate import Reconstruction, System, rank_tolerance
 from .federated import Update
 from .labels import restore_labels
 from .optimization import Settings, match
@@ -31,6 +31,7 @@ class Family:
     Q: Tensor  # orthonormal basis of the directions that the equations leave open, shape (r, k)
     systems: tuple[System, ...]  # certificates: patches, tokens, subspace
     least: int  # directions that are open at least, by count: `Equations.open`
+    hidden: int # directions of a patch that no attention sees, a token's mean for one; they are not in Q
 
     def patches(
         self,
@@ -62,8 +63,10 @@ def family(
     """
     e = equations(view, update)
     solved = e.solve(update.dtype)
-    return Family(e.patches.basis, solved.X, solved.open, (e.patches.system, e.tokens.system, solved.system),
-                  e.open)
+    _, S, Vt = torch.linalg.svd(e.embed)
+    hidden, Q = Vt[(S > rank_tolerance(e.embed, torch.float64)).sum():], solved.open
+    if len(hidden): Q = Q @ torch.linalg.svd(hidden @ Q).Vh[len(hidden):].mT
+    return Family(e.patches.basis, solved.X, Q, (e.patches.system, e.tokens.system, solved.system), e.open, len(hidden))
 
 # %% ../nbs/22_separation.ipynb #e0f7e7b2
 def separate(

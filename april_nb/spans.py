@@ -473,7 +473,7 @@ class Places:
         rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
         L, l = rest.mT @ (γ[:, None] * centred(self.into.mT).mT), (centred(self.base) * γ) @ rest
         U, S, Vt = torch.linalg.svd(L)
-        own = family.least + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent
+        own = family.least - family.hidden + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent or patches anything
         fixed = max(min(L.shape[1] - own, len(S)), 0)
         self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
         self.z, self.zN = centred(self.base + self.w @ self.into.mT), centred(self.N.mT @ self.into.mT)   # (P, C), (n, C)
@@ -583,7 +583,7 @@ class Places:
         told: Callable[[float, Tensor], bool] = lambda fit, X: True,  # of fit and patches (P, D); False ends it
     ) -> Tokens:                     # wherever the descents end
         """A token of each place, from a random first guess each."""
-        chunk, found = max(int(AT_ONCE / self.yN.numel()), 1), []
+        chunk, found = max(int(AT_ONCE / max(self.yN.numel(), 1)), 1), []
         start = torch.randn(len(places), len(self.N), generator=generator, dtype=torch.double).to(self.N)
         if like is not None:
             start[:, :self.k] *= torch.rand((), generator=generator)
@@ -929,6 +929,9 @@ def conclude(
         verdict = "not-unique"
         reason = (f"{len(finds)} of {B} images found; the tokens system has rank {tokens.rank} "
                   f"for {tokens.expected_rank}")
+    elif len(finds) == B and (hidden := peeling.whole.family.hidden):
+        verdict = "not-unique"
+        reason = f"{hidden} of {len(peeling.whole.family.R)} directions of a patch reach no attention; they are left at zero"
     elif len(finds) < B:
         verdict = "not-converged"
         reason = f"{len(finds)} of {B} images found; more time or other first guesses go on from here"

@@ -80,7 +80,7 @@ class Equations:
     embed: Tensor      # γ ⊙ C(W_p R), shape (C, r)
     offset: Tensor     # γ ⊙ C(b_p + e_t), shape (C, P)
     rest: Tensor       # orthonormal basis of what is orthogonal to U and β, shape (C, C − T or C − T − 1)
-    open: int          # directions of a patch that stay open at least: dim N less what the positions span
+    open: int          # directions of a patch that stay open at least: r + dim N − dim(V + N)
 
     @cached_property
     def K(self) -> Tensor:
@@ -98,7 +98,7 @@ class Equations:
     ) -> Tensor:     # shape (k,)
         """What a singular value of K must exceed: eight times the error that U brings into K along its vector.
 
-        Values of directions that the positions leave open do not count, whatever their size.
+        Values of the directions that are open do not count, whatever their size.
         """
         by_error = self.tokens.error(self.embed @ Vt.mT).norm(dim=0)
         floor = (8 * by_error * len(self.K) ** 0.5).clamp(min=rank_tolerance(self.K, torch.float64))
@@ -162,9 +162,9 @@ def equations(
         embed, offset, fixed = (gain * (m - m.mean(0)) for m in (embed, offset, fixed))
         if bias.any(): occupied, fixed = (torch.cat([m, bias], 1) for m in (occupied, fixed))   # σ β, of unknown σ
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
-    fixed = torch.cat([offset, fixed], 1)
-    spanned = int((torch.linalg.svdvals(fixed) > rank_tolerance(fixed, torch.float64)).sum())
-    return Equations(patches, tokens, embed, offset, rest, occupied.shape[1] - spanned)
+    columns = torch.cat([embed, offset, fixed], 1)
+    together = int((torch.linalg.svdvals(columns) > rank_tolerance(columns, torch.float64)).sum())
+    return Equations(patches, tokens, embed, offset, rest, embed.shape[1] + occupied.shape[1] - together)
 
 # %% ../nbs/21_subspace.ipynb #2674dc92
 EXPLAINED = 100      # a residual beyond this multiple of what the error of U explains is no rounding
