@@ -184,7 +184,9 @@ def attack(
         named = april_nb.named_model(model, weights, seed, pretrained=pretrained, **shape)
         clients, format = named.model.to(where, computed_in(dtype)), named.format
         if know == "shared" and not april_nb.view(clients).learns_positions: know = "withheld"
-        server = april_nb.vit.guess_positions(clients, init, seed + 1) if know == "secret" else clients  # type: ignore[arg-type]  # refused but for ours
+        server = clients
+        if know == "secret":   # of the paper's models alone
+            server = april_nb.vit.guess_positions(clients, init, seed + 1)  # type: ignore[arg-type]
     with status("reading images and update"):
         private = read_private(images, format, played=update is None)
         x = None if private is None else format.normalisation(private).to(where)
@@ -228,7 +230,8 @@ def play(clients, x, labels, dtype, know, defenses, seed):
     v, generator = april_nb.view(clients), april_nb.defenses.noise_generator(seed)
     defend = [april_nb.defense(spec, v, generator) for spec in defenses]   # a wrong one is refused before any work
     withheld = april_nb.defenses.parts(v)["positions"] if v.learns_positions and know != "shared" else ()
-    update = april_nb.client_update(clients, x.to(computed_in(dtype)), labels, dtype=getattr(torch, dtype), withheld=withheld)
+    update = april_nb.client_update(clients, x.to(computed_in(dtype)), labels, dtype=getattr(torch, dtype),
+                                    withheld=withheld)
     for change in defend: update = change(update)
     return update
 
@@ -262,7 +265,8 @@ def scored(answer, x, normalisation):
 def draw(out, answer, private, rows, normalisation):
     """Writes the pictures: with the originals where these are at hand."""
     if not len(answer.images):
-        raise april_nb.AprilError("no image was found, so that there is no picture to write: leave --out away, or give more time")
+        raise april_nb.AprilError("no image was found, so that there is no picture to write: leave --out away, or "
+                                  "give more time")
     found, there = normalisation.inverse(answer.images).cpu(), [i for i, row in enumerate(rows) if row is not None]
     if private is None: pictures = april_nb.plotting.gallery({"": found.clamp(0, 1)})
     else: pictures = april_nb.plotting.recovered(private[there], found, [f"{rows[i].psnr:.0f} dB" for i in there])
@@ -292,12 +296,13 @@ def class_labels(
     if len(label) != n:
         raise UsageError(f"{n} images but {len(label)} labels: give --label once, or once per image")
     for k in label:
-        if classes is not None and not 0 <= k < classes: raise UsageError(f"no class {k}: this model has classes 0 to {classes - 1}")
+        if classes is not None and not 0 <= k < classes:
+            raise UsageError(f"no class {k}: this model has classes 0 to {classes - 1}")
     return torch.tensor(label)
 
 def summary(
     answer: "Reconstruction",  # what the attack said
-    rows: "list[Score | None]",  # what it is worth for each image, None for one that was not found; empty without the truth
+    rows: "list[Score | None]",  # its worth for each image, None for one that was not found; empty without the truth
     foretold: float,         # the certificate's PSNR, in dB
 ) -> dict:                   # for JSON: verdict, mean scores, scores of each image, certificates
     """The part of a report that comes from an attack and its scores; means are over the images that were found.
@@ -322,7 +327,8 @@ def show(
     console = Output(soft_wrap=True, highlight=False)
     how = ", ".join(filter(None, (
         report["arch"] and f"architecture {report['arch']}", f"{report['weights']} weights",
-        report["init"] and f"{report['init']} initialisation", report["positions"] and f"{report['positions']} positions",
+        report["init"] and f"{report['init']} initialisation",
+        report["positions"] and f"{report['positions']} positions",
         report["know"], f"{report['dtype']} gradients", f"seed {report['seed']}")))
     console.print(f"{report['method']} on {report['model']} ({how})")
     if report["why"] != "as asked": console.print(f"chosen: {report['why']}")
@@ -357,8 +363,9 @@ def audit_command(
     label: Annotated[list[int] | None, typer.Option(
         metavar="K", help="the image's true class; once, or once per image (default: 0)", show_default=False)] = None,
     budget: Annotated[float, typer.Option(
-        min=0, metavar="SECONDS", help="for all searches together, on the update and after every cure that no closed form "
-                                       "has failed; closed forms always run, and the report says what would end the rest")] = 30,
+        min=0, metavar="SECONDS",
+        help="for all searches together, on the update and after every cure that no closed form has failed; closed "
+             "forms always run, and the report says what would end the rest")] = 30,
     seed: Annotated[int, typer.Option(help="of random weights, first guesses and noise")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     html: Annotated[Path | None, typer.Option(
@@ -438,10 +445,12 @@ def show_trainings(rows, path):
 @app.command("bench", cls=Command)
 def bench_command(
     model: Annotated[str, typer.Option(
-        metavar="NAME", help="one of the paper's models: {vit.PRESETS}", autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
+        metavar="NAME", help="one of the paper's models: {vit.PRESETS}",
+        autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
     arch: Annotated[Arch, typer.Option(help="the paper's architecture")] = "B",
     victims: Annotated[list[int] | None, typer.Option(
-        min=1, metavar="N", help="how many at once; repeat for more rows (default: 1, 4, 16, 64)", show_default=False)] = None,
+        min=1, metavar="N", help="how many at once; repeat for more rows (default: 1, 4, 16, 64)",
+        show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
