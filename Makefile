@@ -10,6 +10,8 @@ book: .venv/ready
 	@echo "open _build/html/index.html"
 
 test: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 attack: .venv/ready

@@ -1,18 +1,12 @@
-__version__ = "0.1.0"
+"""What the gradients of a Vision Transformer give away, and what stops that: attacks, audits, defences.
 
+Two verbs and one noun: `attack(model, update)` returns what a server recovers from a client's `Update`, with a
+certificate of how far to trust it; `audit(model, …)` says what updates of a model leak, by which theorem, and what
+would stop it. A model of one's own is described by `register_view`.
 
-def __getattr__(name):
-    """`april_nb.audit(model, images, labels)` without an import of the module beforehand."""
-    if name != "audit": raise AttributeError(f"module 'april_nb' has no attribute {name!r}")
-    from importlib import import_module
-    return import_module("april_nb.audit")
+Names and modules load when they are first used. `__init__.pyi` lists them.
+"""
+import lazy_loader
 
-
-def start():
-    """The `april` command: PyTorch takes seconds to load, in which an interruption is one line, too."""
-    import sys
-    try: from april_nb.cli import main
-    except KeyboardInterrupt:
-        print("april: interrupted before anything began", file=sys.stderr)
-        raise SystemExit(130) from None
-    main()
+__version__ = "0.2.0"
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

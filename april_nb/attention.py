@@ -20,7 +20,8 @@ def attention_moment(
     update: Update,  # what the client sent
 ) -> Tensor:         # B = Gᵀ Z, shape (C, C), float64
     """The right-hand side of Theorem 1, `W_qᵀ∇W_q + W_kᵀ∇W_k + W_vᵀ∇W_v`, from weights and gradients alone."""
-    return sum(view.weight(name).mT @ view.gradient(update, name) for name in view.qkv)
+    q, k, v = (view.weight(name).mT @ view.gradient(update, name) for name in view.qkv)
+    return q + k + v
 
 # %% ../nbs/08_attention.ipynb #086f8eae
 def attention_input(

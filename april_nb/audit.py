@@ -11,11 +11,9 @@ __all__ = ['STOPPED', 'DRAWS', 'DELTA', 'WITHHOLD', 'MECHANISMS', 'STYLE', 'Part
 import base64
 import html
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -539,10 +537,3 @@ def sections(report):
     if report.next_round:
         body += ["<h1>Next round, the classifier's weights drawn from N(0, 0.02²)</h1>", sections(report.next_round)]
     return "".join(body)
-
-# %% ../nbs/26_audit.ipynb #2970af58
-class CallableModule(ModuleType):
-    """Lets `april_nb.audit(…)` be the function and `april_nb.audit` the module."""
-    def __call__(self, *args, **options): return self.audit(*args, **options)
-
-if __name__ != "__main__": sys.modules[__name__].__class__ = CallableModule

@@ -127,6 +127,7 @@ class Reconstruction:
     labels: Tensor | None = None # labels that the attack used, shape (B,); None if it needed none
     history: Tensor | None = None # loss at each step of an optimiser; None for a closed form
     finished: bool = True        # or did its time end it?
+    method: str | None = None    # the attack's name in the list, where `attack` ran it
 
 def judge(
     systems: tuple[System, ...],  # certificates

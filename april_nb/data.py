@@ -187,7 +187,7 @@ class Images(Dataset):
         self,
         name: str,              # of the data set, as tables print it
         format: Format,         # channels, size, normalisation
-        pictures: Sequence,     # item i is a pair (PIL image, label)
+        pictures: Dataset,      # item i is a pair (PIL image, label)
         labels: Sequence[int],  # the same labels, without opening a picture
     ):
         self.name, self.format, self.pictures, self.labels = name, format, pictures, list(labels)
@@ -207,7 +207,7 @@ class Images(Dataset):
         return torch.stack(pixels), torch.tensor(labels)
 
 # %% ../nbs/04_data.ipynb #3b63f4ea
-class Photos(Sequence):
+class Photos(Dataset):
     """scikit-image's bundled photographs, whole at first, then 63 square cuts of each.
 
     The label is the photograph's number.
@@ -232,7 +232,7 @@ def photos(
     return Images("photos", format, Photos(), [i % len(PHOTOS) for i in range(len(Photos()))])
 
 # %% ../nbs/04_data.ipynb #15c219c2
-class MNISTFiles(Sequence):
+class MNISTFiles(Dataset):
     """MNIST's test split out of `MNIST/raw/t10k-*.gz`."""
     def __init__(
         self,

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from .federated import AprilError, Update, generator_of
 from .views import View
@@ -193,8 +192,8 @@ def withhold(
                    defenses=(*update.defenses, f"withhold:{','.join(names)}"))
 
 # %% ../nbs/17_defenses.ipynb #4c0649e5
-NOISE = {"gaussian": gaussian, "laplace": laplace}
-PLAIN = {"clip": clip, "l1-clip": l1_clip, "topk": top_k, "quantize": quantize}
+NOISE: dict[str, Callable[..., Update]] = {"gaussian": gaussian, "laplace": laplace}
+PLAIN: dict[str, Callable[..., Update]] = {"clip": clip, "l1-clip": l1_clip, "topk": top_k, "quantize": quantize}
 EXAMPLES = {"gaussian": "gaussian:0.01 or gaussian:0.1*rms", "laplace": "laplace:0.01 or laplace:0.1*rms",
             "clip": "clip:1", "l1-clip": "l1-clip:10", "topk": "topk:0.01",
             "quantize": "quantize:8", "withhold": "withhold:positions"}
@@ -230,12 +229,12 @@ def defense(
         part = parts(view)[value]
         return lambda update: withhold(update, [n for n in part if n in update.gradients] or part)
     number, _, relative = value.partition("*")
-    try: number = int(number) if name == "quantize" else float(number)
+    try: size = int(number) if name == "quantize" else float(number)
     except ValueError as error: raise AprilError(usage) from error
     if name in NOISE:
         if relative not in ("", "norm", "rms") or value.endswith("*"): raise AprilError(usage)
-        positive(number, f"the size of {name} noise")
-        return lambda update: NOISE[name](update, number, generator, relative or None)
+        positive(size, f"the size of {name} noise")
+        return lambda update: NOISE[name](update, size, generator, relative or None)
     if "*" in value: raise AprilError(usage)
-    PLAIN[name](Update({"w": torch.ones(1)}), number)   # a number out of range is refused before any work
-    return lambda update: PLAIN[name](update, number)
+    PLAIN[name](Update({"w": torch.ones(1)}), size)   # a number out of range is refused before any work
+    return lambda update: PLAIN[name](update, size)

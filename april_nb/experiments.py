@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -103,7 +104,7 @@ class Arm:
     steps: int | None = None   # of a search (default: the settings')
     restarts: int = 1          # first guesses of a search for each batch, or for each of its images
     model: Mapping[str, object] | None = None   # arguments of `april_nb.vit.ViT`, in place of the preset's
-    attack: Mapping[str, object] | None = None  # fields of `Settings`, in place of the settings'
+    attack: Mapping[str, Any] | None = None  # fields of `Settings`, in place of the settings'
     marks: tuple[int, ...] = ()                 # steps at which the guess is scored, too
     defense: tuple[str, ...] = ()               # what each client does to its update, see `april_nb.defenses`
     last: bool = False         # on the last images of the sample, to keep choices and reports apart?
@@ -121,13 +122,13 @@ class Arm:
         if self.method not in PUBLISHED: return None
         published = PUBLISHED[self.method]
         base = paper_settings(self.method, self.format.steps) if self.settings == "paper" else published
-        return replace(base, **{"steps": self.steps or base.steps} | dict(self.attack or {}))
+        return replace(base, **dict(steps=self.steps or base.steps) | dict(self.attack or {}))
 
     def config(self) -> str:   # `name=value`, separated by spaces
         """What has no column of its own: initialisation, batch, model, defences, settings but zeros."""
         chosen = self.matching()
         terms = {} if chosen is None else {k: v for k, v in asdict(chosen).items() if v and k != "steps"}
-        batch = {"batch": self.batch} if self.batch > 1 else {}
+        batch: dict[str, Any] = {"batch": self.batch} if self.batch > 1 else {}
         if self.classes: batch["classes"] = self.classes
         if self.restarts > 1: batch["restarts"] = self.restarts
         if self.epochs: batch["epochs"] = self.epochs
@@ -382,7 +383,7 @@ def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
     steps, in_span, n, some, batches = {"quick": (4, 2, 1, 1, {2: 1}), "paper": (300, 100, 10, 5, {4: 1, 8: 1})}[preset]
     by_lbfgs = dict(labels="restored", steps=steps, attack=BY_LBFGS)
-    for defense, positions, know in DEFENDED:
+    for defense, positions, know in DEFENDED:   # noqa: F402
         common = dict(defense=tuple(defense), positions=positions, know=know)
         kept = {spec.removeprefix("withhold:") for spec in defense if spec.startswith("withhold:")}
         if positions != "learned" or know == "secret": kept.add("positions")

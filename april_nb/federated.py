@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -297,7 +298,7 @@ def generator_of(
 
 # %% ../nbs/01_federated.ipynb #e328fae9
 def logits(
-    output: object,  # what a classifier returned
+    output: Any,     # what a classifier returned
 ) -> Tensor:         # its scores, shape (B, K)
     """The scores themselves, out of the record in which some libraries return them (Hugging Face's `logits`)."""
     return getattr(output, "logits", output)
@@ -440,7 +441,7 @@ def load_update(
             tensors, meta = {n: f.get_tensor(n) for n in f.keys()}, f.metadata() or {}
         counts = (int(meta.get("examples", 1)), int(meta.get("local_steps", 1)),
                   float(meta["lr"]) if meta.get("lr") else None)
-        names = {key: tuple(meta.get(key, "").splitlines()) for key in ("withheld", "defenses")}
-        return Update(tensors, *counts, **names)
+        names = lambda key: tuple(meta.get(key, "").splitlines())
+        return Update(tensors, *counts, withheld=names("withheld"), defenses=names("defenses"))
     except (OSError, SafetensorError, ValueError) as error:   # `InvalidUpdate` is a ValueError, too
         raise InvalidUpdate(f"cannot read an update from {path}: {brief(error)}") from error

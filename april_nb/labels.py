@@ -93,7 +93,7 @@ def public_outlook(
     head = model.get_submodule(v.classifier.rpartition(".")[0])
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        with torch.no_grad(), torch.random.fork_rng(): p = logits(model(x.to(head.weight))).softmax(1)
+        with torch.no_grad(), torch.random.fork_rng(): p = logits(model(x.to(model.get_parameter(v.classifier)))).softmax(1)
     finally: hook.remove()
     return p.double(), seen[0].double()
 

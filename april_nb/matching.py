@@ -278,7 +278,7 @@ class Matcher:
         like = next(self.model.parameters())
         self.model(like.new_zeros(self.examples, *self.view.image_shape).requires_grad_())   # records a and δ
         groups: dict[tuple, list[tuple[str, str]]] = {}
-        self.formed: dict[str, nn.Parameter] = {}
+        self.formed: dict[str, Tensor] = {}
         for n in first.gradients:
             if names is not None and n not in names: continue
             kind, module = self._place(n)

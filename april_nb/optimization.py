@@ -78,7 +78,8 @@ class LBFGS:
         memory: int = 20,  # curvature pairs kept
         reach: float = 4.0,  # of one step, root mean square over the variables, which are of size one
     ):
-        self.lr, self.memory, self.reach, self.pairs, self.last = lr, memory, reach, [], None
+        self.lr, self.memory, self.reach, self.pairs = lr, memory, reach, []
+        self.last: tuple[Tensor, Tensor] | None = None   # the last step's x and g
 
     def step(
         self,
@@ -117,11 +118,11 @@ def mover(
     factor, steps = SCHEDULES[settings.schedule], itertools.count()
     if settings.optimiser == "lbfgs":
         lbfgs, flat = LBFGS(settings.lr, memory), lambda parts: torch.cat([p.flatten(1) for p in parts], 1)
-        def move(grads):
+        def descend(grads):
             lbfgs.lr = settings.lr * factor(next(steps) / settings.steps)
             moved = lbfgs.step(flat(free), flat(grads)).split([v[0].numel() for v in free], 1)
             for v, new in zip(free, moved): v.copy_(new.view_as(v))
-        return move
+        return descend
     if settings.optimiser not in ("adam", "signed"):
         raise AprilError(f"unknown optimiser {settings.optimiser!r}: choose adam, signed or lbfgs")
     adam = torch.optim.Adam(free, lr=settings.lr, eps=1e-16)
@@ -198,7 +199,7 @@ def match(
         images = decode(x) if decode else x
         shares = matcher.shares(images, targets(y), l1=settings.l1 > 0)
         loss = objective(shares, images, settings, matcher.view.positions)
-        grads = torch.autograd.grad(loss.sum(), free)
+        grads = list(torch.autograd.grad(loss.sum(), free))
         history.append(loss.detach())
         watch(step, history[-1], images.detach())
         with torch.no_grad():

@@ -49,7 +49,7 @@ class Picture(Figure):
 
 # %% ../nbs/90_plotting.ipynb #1a9e0509
 def gallery(
-    rows: Mapping[str, Tensor],                        # title → images, shape (n, channels, H, W) in [0, 1]
+    rows: Mapping[str, Tensor | Sequence[Tensor]],     # title → images, shape (n, channels, H, W) in [0, 1]
     under: Mapping[str, Sequence[str]] | None = None,  # title → a line under each of its images
     titles: Sequence[str] = (),                        # over the columns
 ) -> Picture:  # rows as tall as their pictures

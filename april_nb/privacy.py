@@ -10,7 +10,6 @@ __all__ = ['gaussian_renyi', 'gaussian_epsilon', 'exact_delta', 'exact_epsilon',
 # %% ../nbs/18_privacy.ipynb #813bc9c9
 #| code-fold: true
 import math
-import time
 import warnings
 from collections.abc import Callable
 from itertools import chain, islice, repeat
@@ -23,12 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from . import __version__
-from .data import Images
 from .defenses import clip, gaussian, l1_clip, laplace
 from .federated import AprilError, Update, brief, generator_of, require
-from .training import accuracy
-from .vit import vit
 
 # %% ../nbs/18_privacy.ipynb #8fee9b5e
 def refuse_nonsense(noise_multiplier=1.0, delta=0.5, rounds=1, sample_rate=1.0, ε=1.0, α=2.0):

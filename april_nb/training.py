@@ -63,7 +63,8 @@ def train(
                 grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))
                 if perturb: grads = perturb(grads, generator)
                 for name, p in parameters.items(): p.grad = grads[name]
-                rule.step(), decay.step()
+                rule.step()
+                decay.step()
                 watch(step, loss.item())
                 step += 1
     model.zero_grad()

@@ -199,7 +199,8 @@ class View:
     ) -> Tensor:    # shape (n, C)
         """What the first attention reads of tokens of the stream: their layer norm, or themselves without one."""
         if self.norm is None: return Z
-        return nn.functional.layer_norm(Z, Z.shape[-1:], *map(self.weight, self.norm), self.eps)
+        gain, bias = map(self.weight, self.norm)
+        return nn.functional.layer_norm(Z, Z.shape[-1:], gain, bias, self.eps)
 
     def bias(
         self,
@@ -293,7 +294,7 @@ def check_weights(
     for name, p in unwrap(model).named_parameters(): sound(name, p.detach())
 
 # %% ../nbs/03_views.ipynb #9013120f
-FAMILIES: dict[type[nn.Module], Callable[[nn.Module], View]] = {}   # class → what makes its view
+FAMILIES: dict[type[nn.Module], Callable[..., View]] = {}   # class → what makes the view of one of its models
 
 def own_view(
     model: ViT,  # one of this book's

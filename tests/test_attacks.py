@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from april_nb import cli
-from april_nb.attacks import ATTACKS, Attack, Terms, best_attack, check_update, listed, obstacle
+from april_nb.attacks import ATTACKS, Attack, best_attack, check_update, listed, obstacle
 from april_nb.audit import audit
 from april_nb.certificate import Reconstruction
 from april_nb.data import FORMATS, photos
-from april_nb.defenses import defense, noise_generator, withhold
+from april_nb.defenses import withhold
 from april_nb.experiments import Arm, attack_slice, defense_arms
 from april_nb.federated import AprilError, InvalidUpdate, Update, client_update
 from april_nb.views import NotApplicable, view

@@ -10,14 +10,12 @@ import torch
 import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from torch import nn
 
-import april_nb
 from april_nb.attacks import ATTACKS
 from april_nb.audit import DRAWS, MECHANISMS, STOPPED, audit, clipped_noise, page, text
 from april_nb.data import FORMATS, photos
 from april_nb.defenses import defense, noise_generator
-from april_nb.federated import AprilError, InvalidUpdate, Update, client_update
+from april_nb.federated import AprilError, Update, client_update
 from april_nb.metrics import psnr
 from april_nb.models import named_model
 from april_nb.privacy import exact_epsilon
@@ -291,12 +289,6 @@ def test_json_text_and_page_tell_the_same(report):
     html = page(report)
     assert all(f.verdict in html and f.verdict in str(report) for f in report.attacks)
     assert "data:image/png;base64," in html and "http" not in html
-
-
-def test_the_package_is_called_like_the_function():
-    code = "import april_nb; assert callable(april_nb.audit); from april_nb.audit import audit; assert april_nb.audit.audit is audit"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"): april_nb.nothing
 
 
 @pytest.mark.parametrize("spec", ["keras:vit", "timm:vit_enormous", "torchvision:vit_enormous", "ours:vit_huge",

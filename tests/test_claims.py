@@ -102,7 +102,7 @@ def test_chapter_15_says_that_april_had_one_rate():
 
 def test_chapter_16_counts_attacks_where_it_counted_images():
     attacks = {}
-    for (config, labels), some in group(ROWS("fig4"), "config", "labels").items():
+    for (config, _), some in group(ROWS("fig4"), "config", "labels").items():
         batch = int(re.search(r"batch=(\d+)", config)[1])
         assert len({r["loss"] for r in some}) == len(some) // batch
         attacks[batch] = len(some) // batch

@@ -9,11 +9,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
-from april_nb import cli
+import april_nb
+from april_nb import cli, experiments
 from april_nb.attacks import ATTACKS
 
 APRIL = Path(sys.executable).parent / "april"
@@ -193,8 +195,43 @@ def test_a_batch_comes_back_image_by_image_without_labels(tmp_path):
     assert min(i["psnr"] for i in r["images"]) > 80
 
 
-def test_help_names_every_option():
+LIGHT = """
+import sys
+from april_nb.cli import main
+try: main()
+finally: assert not {"torch", "torchvision", "scipy", "skimage", "matplotlib", "numpy"} & {*sys.modules}, "loaded"
+"""
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    ("", 0, "Commands:"), ("--help", 0, "audit"), ("-h", 0, "bench"), ("--version", 0, april_nb.__version__), ("attack --out a.txt", 2, ""),
+    ("nothing", 2, ""), ("attack --know all", 2, "")])
+def test_what_needs_no_pytorch_loads_none(arguments, code, said):
+    run = subprocess.run([sys.executable, "-c", LIGHT, *arguments.split()], capture_output=True, text=True)
+    assert run.returncode == code and "loaded" not in run.stderr and said in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("words, offered", [
+    ("april a", {"attack", "audit"}), ("april attack --know ", {"shared", "withheld", "secret"}), ("april attack --see", {"--seed"}),
+    ("april attack --method s", {name for name in ATTACKS if name.startswith("s")})])
+def test_a_shell_completes_commands_options_and_names(words, offered):
+    env = os.environ | {"_APRIL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert set(april(env=env).stdout.split()) == offered
+
+
+def test_the_module_runs_as_the_command():
+    run = subprocess.run([sys.executable, "-m", "april_nb", "--version"], capture_output=True, text=True)
+    assert run.stdout == april("--version").stdout == f"april_nb {april_nb.__version__}\n"
+
+
+def test_fixed_choices_are_those_of_the_functions_behind_them():
+    assert get_args(cli.Size) == experiments.PRESETS
+
+
+def test_help_names_every_option_and_what_the_tables_hold():
     text = april("attack", "--help").stdout
+    for name in ATTACKS: assert re.search(rf"\b{name}\b", text), name
+    assert "{" not in text
     for option in ("--model", "--arch", "--method", "--init", "--positions", "--know", "--label", "--dtype", "--seed", "--device", "--out", "--json"):
         assert option in text
     assert april().returncode == 0 and "attack" in april().stdout

@@ -65,10 +65,10 @@ NAMES = dict(patch_embedding="embed", channels_last=True, prefix=["start", "spar
              norm="layers.0.first", attention=["layers.0.to_qkv"], head="scores")
 
 
-def written(changes={}, **options):
+def written(changes=None, **options):
     """A model of a class of its own, registered."""
     class Own(Written): pass
-    register_view(Own, **NAMES | changes)
+    register_view(Own, **NAMES | (changes or {}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Own(**options).double()

@@ -18,11 +18,11 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """The repository's notebooks and settings in a folder of their own, with the one module that no notebook makes."""
+    """The repository's notebooks and settings in a folder of their own, with the modules that no notebook makes."""
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "april_nb").mkdir()
-    shutil.copy(ROOT / "april_nb" / "__init__.py", tmp_path / "april_nb")
+    for name in ("__init__.py", "__main__.py"): shutil.copy(ROOT / "april_nb" / name, tmp_path / "april_nb")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

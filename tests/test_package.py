@@ -192,7 +192,7 @@ def test_every_public_thing_is_documented_down_to_its_parameters(thing):
 
 
 def test_the_package_runs_without_the_tools_of_the_book():
-    allowed = {"torch", "torchvision", "skimage", "scipy", "matplotlib", "numpy", "PIL", "safetensors", "typer", "rich", "april_nb",
+    allowed = {"torch", "torchvision", "skimage", "scipy", "matplotlib", "numpy", "PIL", "safetensors", "typer", "rich", "lazy_loader", "april_nb",
                "filelock",  # a dependency of torch
                "opacus",    # the extra `privacy`; test_privacy checks that only functions import it
                "timm", "transformers"}   # the extras `timm` and `hf`; test_views imports everything without them

@@ -2,6 +2,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+import april_nb
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -10,11 +14,17 @@ def test_the_snippets_run_as_they_stand_one_after_the_other(capsys):
     scope = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.S): exec(code, scope)
     out = capsys.readouterr().out
-    assert out.startswith("exact") and re.search(r"^! patch +(exact|approximate)", out, re.M)
+    assert re.match(r"patch exact .* \de-0[5-9]\n", out) and re.search(r"^! patch +(exact|approximate)", out, re.M)
+    assert out.endswith("exact\n") or out.endswith("approximate\n")
 
 
-def test_every_file_it_links_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README): assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_file_it_links_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()): assert (ROOT / target).exists(), target
+
+
+def test_the_newest_change_is_this_version():
+    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == april_nb.__version__
 
 
 def test_every_make_target_it_names_exists():
