@@ -929,11 +929,12 @@ def unexplained(
 ) -> float:          # relative to the norm of what was sent
     """What images cannot explain of an update, whatever their shares' scale, which may be known from one image alone."""
     pairs = [(g.double(), rest[name].double()) for name, g in update.gradients.items()]
-    ss, sr, rr = (sum((a * b).sum() for a, b in some).item() for some in (
-        [(s, s) for s, _ in pairs], pairs, [(r, r) for _, r in pairs]))
+    dot = lambda some: torch.stack([(a * b).sum() for a, b in some]).sum().item()
+    ss, sr, rr = dot((s, s) for s, _ in pairs), dot(pairs), dot((r, r) for _, r in pairs)
     taken = ss - 2 * sr + rr
     μ = (ss - sr) / taken if taken else 0.0
-    return (sum(((1 - μ) * s + μ * r).square().sum() for s, r in pairs).item() / ss) ** 0.5
+    left = [(1 - μ) * s + μ * r for s, r in pairs]
+    return (dot(zip(left, left)) / ss) ** 0.5
 
 def conclude(
     peeling: Peeling,  # as far as it came
