@@ -188,9 +188,9 @@ def undo_adam(
     update: Update,     # (w − w_1) / lr of a client whose only step was Adam's first, weight decay taken off
     eps: float = 1e-8,  # Adam's ε
 ) -> Update:            # with gradients
-    """Gradients from Adam's first step, g = ε r / (1 − |r|).
+    """Gradients from Adam's first step, `g = ε r / (1 − |r|)`.
 
-    Where |g| is so large that rounding takes 1 − |r| away, the result has the right sign and any size.
+    Where the gradient is so large that rounding takes `1 − |r|` away, the result has the right sign and any size.
     """
     def undone(r):
         left = (1 - r.double().abs()).clamp(min=torch.finfo(r.dtype).eps)
