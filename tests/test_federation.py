@@ -7,6 +7,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.object_ref import load_app
 from torch.nn import functional as F
 
 from april_nb.federated import Update, client_update
@@ -113,6 +114,11 @@ def test_the_server_app_runs_and_opens_no_connection(monkeypatch, capsys):
     server(InProcess(client, 2), Context(0, 0, {}, RecordDict(), {"rounds": 1, "lr": 0.1}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round 1, client")]
     assert len(lines) == 2 and all("exact" in line for line in lines)
+
+
+def test_flower_finds_both_apps_under_the_names_that_the_chapter_gives(tmp_path):
+    apps = [load_app(f"april_nb.federation:{name}", ImportError, tmp_path) for name in ("server", "client")]
+    assert apps == [server, client]
 
 
 def test_clients_hold_images_of_their_own():
