@@ -522,7 +522,7 @@ class Places:
         known: Tokens,  # solutions to stay away from
     ) -> tuple[Tensor, Tensor]:  # log m, shape (n,), and its gradient, shape (n, k)
         """m = ∏ √(1 + ℓ² / ‖u − u_i‖²) over the solutions that are known at the place: it lifts the residual there."""
-        log, slope, reach = torch.zeros_like(u[:, 0]), torch.zeros_like(u), self.N.shape[1]
+        log, slope, reach = u.new_zeros(len(u)), torch.zeros_like(u), self.N.shape[1]
         if not len(known.x): return log, slope
         for i, place in enumerate(t.tolist()):
             way = u[i] - known.u[known.place == place]
@@ -542,7 +542,7 @@ class Places:
 
         The residual is multiplied with what `repelled` says, so that solutions that are known are none any more.
         """
-        u, damping, going = u.clone(), torch.full_like(u[:, 0], 1e-2), torch.ones_like(u[:, 0], dtype=torch.bool)
+        u, damping, going = u.clone(), u.new_full((len(u),), 1e-2), u.new_ones(len(u), dtype=torch.bool)
         V, I = self.second.space.basis.float(), torch.eye(u.shape[1]).to(u)
         heads = hold * self.N[self.k:]
         H, held = heads.mT @ heads, u.clone()

@@ -195,10 +195,12 @@ def test_the_package_runs_without_the_tools_of_the_book():
     allowed = {"torch", "torchvision", "skimage", "scipy", "matplotlib", "numpy", "PIL", "safetensors", "typer", "rich", "lazy_loader", "april_nb",
                "filelock",  # a dependency of torch
                "opacus",    # the extra `privacy`; test_privacy checks that only functions import it
-               "timm", "transformers"}   # the extras `timm` and `hf`; test_views imports everything without them
+               "timm", "transformers",   # the extras `timm` and `hf`; test_views imports everything without them
+               "flwr"}      # the extra `flower`: `federation` is Flower's apps and nothing else may import it
     for path in (ROOT / "april_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in names:
                 top = name.split(".")[0]
                 assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {name}"
+                assert top != "flwr" or path.stem == "federation", f"{path.name} imports {name}"

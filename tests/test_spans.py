@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
-from april_nb.defenses import clip, defense, gaussian, withhold
+from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
@@ -305,13 +305,15 @@ def test_an_activation_is_taken_for_one_only_if_it_acts_on_every_number_by_itsel
     assert activation(model, first, second, x) is None
 
 
-@pytest.mark.parametrize("spec", ["gaussian:0.1*rms", "quantize:8"])
-def test_one_image_whose_equations_have_drowned_in_noise_is_not_called_found(spec):
+def test_where_linear_equations_leave_a_token_no_unknowns_a_search_returns_their_solution():
     model = small()
     x, update = batch(model, [1])
-    update = defense(spec, view(model), torch.Generator().manual_seed(0))(update)
-    answer, = spans(model, [update], steps=3, restarts=1)
-    assert answer.verdict not in ("exact", "not-unique") and answer.images.isfinite().all()
+    places = places_of(Suspect(model, update), update)
+    found = places.search(torch.arange(4), torch.Generator().manual_seed(0), 3)
+    assert places.unknowns == 0 and found.fit.max() < 1e-4
+    assert (found.patch - to_patches(x, 8)[0]).abs().max() < 1e-4
+    again = places.recalled(found, 3)
+    assert len(again.x) == 4
 
 
 def test_a_clipped_batch_comes_back_and_says_by_how_much_it_was_clipped():

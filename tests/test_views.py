@@ -354,9 +354,9 @@ def test_all_torchvision_variants_have_a_view(name, P, C):
     assert (v.patches, v.weights[v.positions].shape[-1]) == (P, C) and not v.lacks
 
 
-def test_the_package_imports_without_timm_transformers_opacus_and_peft():
-    modules = [m.stem for m in Path(april_nb.__file__).parent.glob("*.py") if m.stem not in ("__init__", "_modidx")]
-    code = ("import sys; sys.modules.update(timm=None, transformers=None, opacus=None, peft=None); import importlib; "
+def test_the_package_imports_without_timm_transformers_opacus_peft_and_flower():
+    modules = [m.stem for m in Path(april_nb.__file__).parent.glob("*.py") if m.stem not in ("__init__", "_modidx", "federation")]
+    code = ("import sys; sys.modules.update(timm=None, transformers=None, opacus=None, peft=None, flwr=None); import importlib; "
             f"[importlib.import_module('april_nb.' + m) for m in {modules}]; "
             "from torch import nn; from april_nb.views import view; from april_nb.vit import vit; "
             "view(nn.DataParallel(vit('vit_cifar')))")
