@@ -370,6 +370,8 @@ def span_arms(preset):
     for dataset, classes, n in [("photos", "distinct", 4), ("imagenet", "random", 20)]:   # a ViT-B/32 at 224 × 224
         large = Arm(dataset, "B", "spans", batch=4, classes=classes, model={"patch": 32}, **common)
         yield large, {"quick": 0, "paper": n}[preset]
+    hidden = ("withhold:positions", "withhold:patch")
+    yield Arm("photos", "B", "spans", restarts=2, defense=hidden), {"quick": 0, "paper": 1}[preset]   # ViT-B/16
 
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
