@@ -745,6 +745,7 @@ def label_of(
     U, S, Vt = torch.linalg.svd(stacked(update), full_matrices=False)
     n = len(span.rows)
     M = span.rank - n * (suspect.examples - update.examples)   # images that were taken off since
+    if M < n: return None   # noise has drowned more than is left
     for label in classes:
         part = share(model, whole, image, label)
         own = torch.cat([part[name] for name in span.names]) @ (Vt[:M].mT / S[:M])

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,6 +315,16 @@ def test_where_linear_equations_leave_a_token_no_unknowns_a_search_returns_their
     assert (found.patch - to_patches(x, 8)[0]).abs().max() < 1e-4
     again = places.recalled(found, 3)
     assert len(again.x) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_image_has_no_label_where_fewer_directions_stand_out_than_it_has_tokens(rank):
+    model = small()
+    x, update = batch(model, [1])
+    suspect, server = Suspect(model, update), copy.deepcopy(model).double().eval()
+    assert label_of(suspect, server, update, x, update, range(10), None)[0] == 1
+    suspect.shallow = [replace(suspect.shallow[0], rank=rank)]
+    assert label_of(suspect, server, update, x, update, range(10), None) is None
 
 
 def test_a_clipped_batch_comes_back_and_says_by_how_much_it_was_clipped():
