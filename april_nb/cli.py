@@ -58,6 +58,7 @@ def listed(
 class Command(TyperCommand):
     """A command whose help says what the package's tables hold."""
     def format_help(self, ctx, formatter):
+        """Writes the help to `formatter`, each `{module.TABLE}` replaced by the names in the table."""
         for p in self.params:
             p.help = re.sub(r"\{([\w.]+)\}", lambda place: ", ".join(listed(place[1])), p.help or "")
         super().format_help(ctx, formatter)
