@@ -100,12 +100,13 @@ class Clock:
     """Stands in for the module `time`; only those who say so let it pass."""
     now = 0.0
     def perf_counter(self): return self.now
+    monotonic = perf_counter
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(sys.modules["april_nb.audit"], "time", clock)
+    for module in ("april_nb.audit", "april_nb.spans"): monkeypatch.setattr(sys.modules[module], "time", clock)
     return clock
 
 
