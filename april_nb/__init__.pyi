@@ -8,6 +8,7 @@ from . import data as data
 from . import defenses as defenses
 from . import experiments as experiments
 from . import federated as federated
+from . import federation as federation
 from . import labels as labels
 from . import linear as linear
 from . import matching as matching
