@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +95,10 @@ FORMATS = {
 def format_of(
     model: str,  # preset of `april_nb.vit.vit`
 ) -> Format:     # the images that it takes
-    """The image format of one of the paper's models; raises `AprilError` for an unknown one."""
-    for f in FORMATS.values():
-        if f.model == model: return f
-    raise AprilError(f"unknown model {model!r}: choose from {', '.join(f.model for f in FORMATS.values())}")
+    """The image format of one of the book's models; raises `AprilError` for an unknown one."""
+    formats = {f.model: f for f in FORMATS.values()} | {"vit_b_32": replace(FORMATS["imagenet"], model="vit_b_32")}
+    if model not in formats: raise AprilError(f"unknown model {model!r}: choose from {', '.join(formats)}")
+    return formats[model]
 
 # %% ../nbs/04_data.ipynb #4a87ba62
 def check_pixels(

@@ -35,8 +35,9 @@ def test_patches_and_back_is_the_identity(n, channels, patch, per_side):
 
 def test_paper_models_have_the_paper_sizes():
     sizes = {n: (m.patch.out_features, len(m.blocks), m.blocks[0].attention.heads, len(m.positions))
-             for n in ("vit_mnist", "vit_cifar", "vit_b_16") for m in [vit(n)]}
-    assert sizes == {"vit_mnist": (384, 4, 4, 17), "vit_cifar": (384, 4, 4, 17), "vit_b_16": (768, 12, 12, 197)}
+             for n in ("vit_mnist", "vit_cifar", "vit_b_16", "vit_b_32") for m in [vit(n)]}
+    assert sizes == {"vit_mnist": (384, 4, 4, 17), "vit_cifar": (384, 4, 4, 17),
+                     "vit_b_16": (768, 12, 12, 197), "vit_b_32": (768, 12, 12, 50)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
