@@ -99,7 +99,7 @@ class Listener:
             with sdpa_kernel(SDPBackend.MATH): self.model(images)   # the fused kernel has no forward derivative
         except Enough: pass
         told = [self._told(names, a) for names, a in self.heard]
-        self.heard, self.norms = [], []
+        self.heard, self.norms, self.last = [], [], None
         return told
 
 # %% ../nbs/23_spans.ipynb #853fa91a

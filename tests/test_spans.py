@@ -9,10 +9,10 @@ import torch
 from torchvision.models import VisionTransformer
 
 from april_nb.defenses import clip, gaussian, withhold
-from april_nb.federated import MissingGradient, client_update
+from april_nb.federated import MissingGradient, client_update, generator_of
 from april_nb.metrics import best_assignment, psnr
-from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, companions, conclude, input_spans, jacobian, label_of,
-                            places_of, spans, wanted)
+from april_nb.spans import (Find, Peeling, Suspect, Tokens, activation, assembled, certify_tokens, companions, conclude, first_mlp,
+                            input_spans, jacobian, label_of, places_of, polish, spans, unexplained, wanted)
 from april_nb.subspace import subspace_leakage
 from april_nb.training import train
 from april_nb.views import view
@@ -216,14 +216,49 @@ def test_other_libraries_models_give_their_batches_away(library):
     assert score.min() > 90 and labels == [1, 1]
 
 
-def test_steps_by_products_arrive_where_exact_steps_do_but_have_no_certificate(monkeypatch):
+def test_steps_by_products_arrive_where_exact_steps_do_and_single_tokens_certify_them(monkeypatch):
     model = small()
     x, update = batch(model, [1, 4])
     monkeypatch.setattr("april_nb.spans.FORMED", 0)
     answer, = spans(model, [update])
     score, labels = paired(answer, x)
     assert score.min() > 90 and labels == [1, 4]
-    assert answer.verdict == "approximate" and "too large" in answer.reason
+    assert answer.verdict == "exact" and [s.name for s in answer.systems][-2:] == ["token", "images"]
+
+
+def test_without_the_first_mlp_steps_by_products_have_no_certificate(monkeypatch):
+    model = small()
+    x, update = batch(model, [1, 4])
+    monkeypatch.setattr("april_nb.spans.FORMED", 0)
+    monkeypatch.setattr("april_nb.spans.first_mlp", lambda suspect: None)
+    answer, = spans(model, [update])
+    assert len(answer.images) < 2 or answer.verdict == "approximate" and "too large" in answer.reason
+
+
+def test_tokens_foretell_no_smaller_an_error_than_all_layers():
+    model = small()
+    x, update = batch(model, [1, 4])
+    suspect = Suspect(model, update)
+    image, _, by_layers, system, _ = polish(suspect, x[:1].double())
+    by_tokens, worst = certify_tokens(suspect, *first_mlp(suspect), image)
+    true = (image - x[:1]).square().mean().sqrt().item()
+    assert system.unique and worst.unique and by_layers < 2 * by_tokens and true < 5 * by_tokens
+
+
+def test_a_step_on_the_update_itself_sharpens_a_batch(monkeypatch):
+    model = small()
+    x, update = batch(model, [1, 4])
+    peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
+    blurred = [image + 1e-3 * torch.randn(image.shape, generator=generator_of(i), dtype=torch.double)
+               for i, image in enumerate(x.double().split(1))]
+    for image, label in zip(blurred, (1, 4)):
+        _, fit, error, system, curvature = polish(peeling.whole, image)
+        peeling.finds.append(Find(image, label, fit, 1.0, system, curvature))
+        peeling.take_off(image, label)
+    before = unexplained(update, peeling.rest)
+    peeling.sharpen()
+    off = (peeling.images - x).square().mean().sqrt().item()
+    assert off < 1e-4 and unexplained(update, peeling.rest) < before / 10
 
 
 def tokens_of(model, x, update):
