@@ -6,6 +6,7 @@ from . import cli as cli
 from . import closed_form as closed_form
 from . import data as data
 from . import defenses as defenses
+from . import diagrams as diagrams
 from . import experiments as experiments
 from . import federated as federated
 from . import federation as federation
