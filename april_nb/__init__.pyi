@@ -7,6 +7,7 @@ from . import closed_form as closed_form
 from . import convergence as convergence
 from . import data as data
 from . import defenses as defenses
+from . import diagrams as diagrams
 from . import experiments as experiments
 from . import federated as federated
 from . import federation as federation
