@@ -3,11 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONHASHSEED := 0
 
-.PHONY: book test attack notebooks clean
+.PHONY: book pdf test attack notebooks clean
 
 book: .venv/ready
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "open _build/html/index.html"
+
+pdf: .venv/ready
+	@if ! command -v xelatex >/dev/null || ! command -v latexmk >/dev/null; \
+	then echo "no PDF: it needs xelatex and latexmk, which come with TeX Live"; \
+	else $(BIN)/jupyter-book build . --builder pdflatex && echo "see _build/latex/"; fi
 
 test: .venv/ready
 	$(BIN)/ruff check
@@ -15,7 +20,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 attack: .venv/ready
-	$(BIN)/april attack --out attack.png
+	$(BIN)/april attack --arch B --out attack.png
 
 notebooks: .venv/ready
 	$(BIN)/python tools/execute.py

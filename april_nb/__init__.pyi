@@ -4,8 +4,10 @@ from . import bench as bench
 from . import certificate as certificate
 from . import cli as cli
 from . import closed_form as closed_form
+from . import convergence as convergence
 from . import data as data
 from . import defenses as defenses
+from . import diagrams as diagrams
 from . import experiments as experiments
 from . import federated as federated
 from . import federation as federation
@@ -19,6 +21,7 @@ from . import patch as patch
 from . import plotting as plotting
 from . import position as position
 from . import privacy as privacy
+from . import refinement as refinement
 from . import separation as separation
 from . import spans as spans
 from . import subspace as subspace

@@ -22,9 +22,10 @@ from .labels import restore_labels
 from .linear import NotRecoverable
 from .optimization import Settings, match, paper_settings
 from .patch import patch_leakage, ridge_leakage
+from .refinement import refine
 from .separation import separate
 from .spans import spans
-from .subspace import refine, subspace_leakage
+from .subspace import subspace_leakage
 from .views import NotApplicable, View, check_weights, view
 
 # %% ../nbs/24_attacks.ipynb #6a9ab129

@@ -41,6 +41,7 @@ class InvalidImage(AprilError):
     """An image that cannot be read, or whose shape or numbers do not fit the model."""
 
 # %% ../nbs/01_federated.ipynb #0ae57125
+#| code-fold: true
 def require(
     checks: Iterable[tuple[object, str]],  # conditions, each with what is said where it fails
     error: type[AprilError] = InvalidUpdate,  # what is raised
@@ -70,6 +71,7 @@ def plain_name(
     return WRAPPERS.sub("", name).replace("._orig_mod.", ".")
 
 # %% ../nbs/01_federated.ipynb #a32b9c5b
+#| code-fold: true
 def plain(names):
     """Plain names, in order; two that become one are refused."""
     found = tuple(map(plain_name, names))
@@ -79,6 +81,7 @@ def plain(names):
     return found
 
 # %% ../nbs/01_federated.ipynb #f4e74453
+#| code-fold: true
 MOST = 2 ** 16   # images, or steps, that an update may claim
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -122,6 +125,7 @@ def refuse(gradients, withheld, defenses, *counts):
                                            "ask the client for a wider number format or a smaller learning rate")])
 
 # %% ../nbs/01_federated.ipynb #feae57f9
+#| code-fold: true
 STATISTICS = ("running_mean", "running_var")
 
 def entries(weights):
@@ -274,6 +278,7 @@ class Update:
         return max((g.dtype for g in self.gradients.values()), key=lambda t: torch.finfo(t).eps)
 
 # %% ../nbs/01_federated.ipynb #d6360611
+#| code-fold: true
 def generator_of(
     seed: int,                            # from 0 to 2⁶⁴ − 1
     *,
@@ -297,6 +302,7 @@ def generator_of(
     return torch.Generator(device).manual_seed(folded)
 
 # %% ../nbs/01_federated.ipynb #e328fae9
+#| code-fold: true
 def logits(
     output: Any,     # what a classifier returned
 ) -> Tensor:         # its scores, shape (B, K)
@@ -328,6 +334,7 @@ def gradients(
     return dict(zip(weights, torch.autograd.grad(loss(scores, labels), list(weights.values()), materialize_grads=True)))
 
 # %% ../nbs/01_federated.ipynb #b154e8b0
+#| code-fold: true
 def about_model(model):
     """What a client needs of a model."""
     for name, p in model.named_parameters():
@@ -402,6 +409,7 @@ def client_update(
     return Update(sent, len(images), local_steps, lr if local_steps > 1 else None, tuple(withheld))
 
 # %% ../nbs/01_federated.ipynb #8e5b3a2e
+#| code-fold: true
 @contextmanager
 def whole_file(
     path: str | Path,    # where the file shall be

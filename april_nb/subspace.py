@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXPLAINED', 'CONTRADICTION', 'RowSpace', 'row_space', 'everything', 'Equations', 'evened', 'equations',
-           'subspace_leakage', 'posterior', 'refine']
+           'subspace_leakage']
 
 # %% ../nbs/21_subspace.ipynb #ec5b39fa
 #| code-fold: true
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from .certificate import (Reconstruction, Solution, System, condition_number, judge, rank_tolerance, solve,
                                   unit)
-from .federated import AprilError, Update
-from .labels import restore_labels
-from .optimization import Settings, match
+from .federated import Update
 from .views import View, view
 from .vit import from_patches
 
@@ -211,64 +208,3 @@ def subspace_leakage(
             reason = (f"the subspace equations contradict each other ({residual}): "
                       "other positions than the client's, or dropout")
     return Reconstruction(image(solution.X), systems, error, verdict, reason)
-
-# %% ../nbs/21_subspace.ipynb #7129b5f1
-def posterior(
-    e: Equations,       # of one update
-    solved: Solution,   # of them
-) -> tuple[Tensor, Tensor]:  # mean, shape (r, P); square root of a column's covariance, shape (r, r)
-    """What equations and spectrum say of the coordinates: ridge regression.
-
-    An equation errs by `Equations.noise`. Coordinate i has the prior √D · √(s_i / ‖s‖): normalised pixels
-    have unit variance, and the spectrum of ∇W_p = G_pᵀ A is a product: the patches make about half of it.
-    """
-    s = e.patches.values[:e.embed.shape[1]]
-    s = s / unit(s)
-    prior = (len(e.patches.basis) * s / s.norm()).sqrt()
-    # below 1e-7, squared, float64 cannot tell equations and prior apart; where B is 0 they say nothing
-    noise = max(e.noise(solved.X), 1e-7 * e.B.square().mean().sqrt().item()) or math.inf
-    values, V = torch.linalg.eigh(e.K.mT @ e.K / noise ** 2 + torch.diag(prior ** -2))
-    values = values.clamp(min=1 / len(e.patches.basis))   # no coordinate varies more than D pixels together
-    return V @ (V.mT @ (e.K.mT @ e.B / noise ** 2) / values[:, None]), V / values.sqrt()
-
-# %% ../nbs/21_subspace.ipynb #bc4f731e
-def refine(
-    model: nn.Module,           # the server's model, with the clients' position embedding
-    updates: Sequence[Update],  # one for each victim, of one image each
-    steps: int = 600,           # of L-BFGS, one evaluation each
-    labels: Tensor | None = None,  # classes of the images, shape (N, 1), if known; restored otherwise
-    watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
-    seconds: float = math.inf,  # after which no further step begins
-) -> list[Reconstruction]:      # one for each victim, with labels and history
-    """Gradient matching in the span of the patches, from Theorem 4's linear solution, in float64.
-
-    Free are coordinates in which the linear equations leave every direction equally uncertain. The
-    distance of a tensor's gradient is relative to its norm, as rounding is; tensors that hold rounding alone
-    are left out. There is no stopping rule but steps and seconds; these and `watch` are as in
-    `april_nb.optimization.match`, which does the search.
-
-    Raises
-    ------
-    AprilError
-        If an update averages over several images.
-    MissingGradient
-        If the gradient of the first block's q, k, v is not in an update.
-    """
-    if max(u.examples for u in updates) > 1:
-        raise AprilError("refine is for updates of one image: take separate for a batch")
-    v = view(model)
-    systems = [equations(v, u) for u in updates]
-    solutions = [e.solve(u.dtype) for e, u in zip(systems, updates)]
-    beliefs = [(e.patches.basis @ mean, e.patches.basis @ L)
-               for e, solved in zip(systems, solutions) for mean, L in [posterior(e, solved)]]
-    def decode(c):   # coordinates, shape (N, r, P), to images
-        X = torch.stack([mean + L @ a[:L.shape[1]] for (mean, L), a in zip(beliefs, c)])
-        return from_patches(X.mT, v.patch, *v.image_shape[1:])[:, None]
-    y = (torch.stack([restore_labels(model, u) for u in updates]) if labels is None else labels).view(-1, 1)
-    r, P = max(L.shape[1] for _, L in beliefs), systems[0].offset.shape[1]
-    start = lambda generator: torch.zeros(r, P)   # the posterior's mean
-    settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant")
-    answers = match(model, updates, settings, y, decode=decode, start=start, watch=watch, dtype=torch.float64,
-                    memory=60, seconds=seconds)
-    return [replace(answer, systems=(e.patches.system, e.tokens.system, solved.system))
-            for answer, e, solved in zip(answers, systems, solutions)]

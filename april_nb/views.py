@@ -300,7 +300,7 @@ def own_view(
     model: ViT,  # one of this book's
 ) -> View:       # its parts by name
     """The view of a `april_nb.vit.ViT`."""
-    attention = getattr(model.blocks[0], "attention", None)   # chapter 20 has blocks of other kinds
+    attention = getattr(model.blocks[0], "attention", None)   # Theorem 3's chapter has blocks of other kinds
     return View(
         weights=model.state_dict(), image_shape=(model.channels, model.image_size, model.image_size),
         patch=model.patch_size, patch_weight="patch.weight", patch_bias="patch.bias", positions="positions",

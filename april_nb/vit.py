@@ -127,6 +127,7 @@ TABLES = {"sincos1d": sincos1d, "sincos2d": sincos2d,
 POSITIONS = ("learned", "normal", *TABLES)
 
 # %% ../nbs/02_vit.ipynb #1f3b7769
+#| code-fold: true
 def refuse_sizes(**sizes):
     """One line for a size of which no model can be built."""
     for name, size in sizes.items():
@@ -204,6 +205,7 @@ class ViT(nn.Module):
         return self.head(self.norm(z.mean(1) if self.class_token is None else z[:, 0]))
 
 # %% ../nbs/02_vit.ipynb #d987597b
+#| code-fold: true
 def place(model, drawn):
     """Positions as drawn where they are learned or random, else the table of their name."""
     side, width = model.image_size // model.patch_size, model.patch.out_features

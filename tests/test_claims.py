@@ -139,8 +139,8 @@ def test_how_secret_a_table_trained_at_home_is_depends_on_how_large_it_was():
     assert "must have been of the third kind" not in text
 
 
-def test_chapter_18_reads_its_bound_as_an_upper_bound():
-    text = prose("18_privacy")
+def test_the_chapter_on_convergence_reads_its_bound_as_an_upper_bound():
+    text = prose("35_convergence")
     assert "no number of steps goes below" not in text and "It is an upper bound" in text
     assert "does not fall with the number of steps, and where every client must guard itself against the server it is $\\sqrt n$ times as high" in text
 

@@ -1,4 +1,4 @@
-"""Claims about the guarantee that noise gives and about descent under noise (chapter 18)."""
+"""Claims about the guarantee that noise gives and about descent under noise (the chapters on privacy and convergence)."""
 import ast
 import math
 import sys
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from april_nb import privacy
+from april_nb import convergence, privacy
 from april_nb.defenses import l1_clip, total_norm
 from april_nb.experiments import PrivateTraining
 from april_nb.federated import AprilError, Update
@@ -169,14 +169,14 @@ def test_strong_laplacian_noise_costs_no_less_than_is_true(λ, α):
     if λ > 1e6: assert privacy.laplace_renyi(α, λ) >= true * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("bound", [lambda **a: privacy.stationarity_bound(**{"gap": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a),
-                                   lambda **a: privacy.distance_bound(**{"distance": 1, "μ": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a)])
+@pytest.mark.parametrize("bound", [lambda **a: convergence.stationarity_bound(**{"gap": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a),
+                                   lambda **a: convergence.distance_bound(**{"distance": 1, "μ": 1, "L": 2, "lr": 0.1, "steps": 10, "variance": 1} | a)])
 def test_bounds_for_no_objective_are_one_line(bound):
     assert bound() > 0
     for L in (0, -1, math.nan, math.inf):
         with pytest.raises(AprilError, match="positive numbers"): bound(L=L)
-    with pytest.raises(AprilError, match="positive numbers"): privacy.distance_bound(1, 0, 2, 0.1, 10, 1)
-    with pytest.raises(AprilError, match="counted from 1"): privacy.stationarity_bound(1, 2, 0.1, 0, 1)
+    with pytest.raises(AprilError, match="positive numbers"): convergence.distance_bound(1, 0, 2, 0.1, 10, 1)
+    with pytest.raises(AprilError, match="counted from 1"): convergence.stationarity_bound(1, 2, 0.1, 0, 1)
 
 
 def test_a_missing_library_is_one_line_with_its_cure(monkeypatch):
@@ -213,7 +213,7 @@ def test_the_noise_ball_holds_on_random_quadratics(seed):
     lr, T = g.uniform(0.01, 1) / λ.max(), int(g.integers(0, 3000))
     shrink = (1 - lr * λ) ** 2
     expected = (shrink ** T * e ** 2 + (lr * σ) ** 2 * (1 - shrink ** T) / (1 - shrink)).sum()
-    assert expected <= privacy.distance_bound((e ** 2).sum(), λ.min(), λ.max(), lr, T, 8 * σ ** 2) * (1 + 1e-9)
+    assert expected <= convergence.distance_bound((e ** 2).sum(), λ.min(), λ.max(), lr, T, 8 * σ ** 2) * (1 + 1e-9)
 
 
 @given(st.integers(0, 10_000))
@@ -225,13 +225,13 @@ def test_the_gradient_bound_holds_on_random_quadratics(seed):
     for t in range(T):
         total += (λ ** 2 * (shrink ** t * e ** 2 + (lr * σ) ** 2 * (1 - shrink ** t) / (1 - shrink))).sum() / T
     gap = (λ * e ** 2).sum() / 2
-    assert total <= privacy.stationarity_bound(gap, λ.max(), lr, T, 8 * σ ** 2) * (1 + 1e-9)
+    assert total <= convergence.stationarity_bound(gap, λ.max(), lr, T, 8 * σ ** 2) * (1 + 1e-9)
 
 
 def test_simulated_descent_agrees_with_the_expectation(generator):
     λ, σ, lr, T = torch.tensor([0.3, 1.0], dtype=torch.double), 2.0, 0.2, 60
     oracle = lambda w, g: λ * w + σ * torch.randn(w.shape, generator=g, dtype=w.dtype)
-    path = privacy.noisy_descent(oracle, torch.ones(20_000, 2, dtype=torch.double), lr, T, generator)
+    path = convergence.noisy_descent(oracle, torch.ones(20_000, 2, dtype=torch.double), lr, T, generator)
     shrink = (1 - lr * λ) ** 2
     expected = (shrink ** T + (lr * σ) ** 2 * (1 - shrink ** T) / (1 - shrink)).sum()
     assert path.shape == (T + 1, 20_000, 2)
@@ -240,8 +240,8 @@ def test_simulated_descent_agrees_with_the_expectation(generator):
 
 def test_the_bounds_refuse_a_step_for_which_they_are_not_proved():
     for lr in (0, 0.51, -1):
-        with pytest.raises(AprilError, match="1/L = 0.5"): privacy.stationarity_bound(1, 2, lr, 10, 1)
-        with pytest.raises(AprilError, match="1/L = 0.5"): privacy.distance_bound(1, 1, 2, lr, 10, 1)
+        with pytest.raises(AprilError, match="1/L = 0.5"): convergence.stationarity_bound(1, 2, lr, 10, 1)
+        with pytest.raises(AprilError, match="1/L = 0.5"): convergence.distance_bound(1, 1, 2, lr, 10, 1)
 
 
 def tiny_run(seed=0, noise=1.0):

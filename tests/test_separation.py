@@ -14,7 +14,8 @@ from april_nb.metrics import best_assignment
 from april_nb import optimization
 from april_nb.optimization import LBFGS, RESTART, Settings, match
 from april_nb.separation import family, separate
-from april_nb.subspace import equations, refine
+from april_nb.refinement import refine
+from april_nb.subspace import equations
 from april_nb.views import view
 from april_nb.vit import ViT, init_torch, to_patches, vit
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from april_nb.federated import MissingGradient, Update, client_update
 from april_nb.separation import family, separate
-from april_nb.subspace import equations, evened, posterior, refine, row_space, subspace_leakage
+from april_nb.refinement import posterior, refine
+from april_nb.subspace import equations, evened, row_space, subspace_leakage
 from april_nb.views import view
 from april_nb.vit import ViT, guess_positions, init_torch, to_patches, vit
 

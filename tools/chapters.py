@@ -3,9 +3,14 @@
 nbdev's `#|` lines are instructions, not text. They are taken off a cell's source and turned into what
 Jupyter Book and the test run understand: tags, captions, alternative text.
 """
+import csv
+import json
 import re
+from pathlib import Path
 
 import nbformat
+
+TIMES = Path(__file__).resolve().parent.parent / "results" / "times" / "chapters.csv"   # tools/execute.py writes it
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
 TAGS = {"hide": "remove-cell", "default_exp": "remove-cell", "code-fold": "hide-input", "eval": "skip-execution"}
@@ -46,6 +51,26 @@ def runnable(notebook):
     return [c for c in notebook.cells if c.cell_type == "code" and "skip-execution" not in c.metadata.get("tags", [])]
 
 
+def times():
+    """The runs that `tools/execute.py` has noted: a dictionary for each chapter and size."""
+    if not TIMES.exists(): return []
+    with open(TIMES, newline="") as file: return list(csv.DictReader(file))
+
+
+def cost(app, docname, source):
+    """Says below a chapter's opening how long its stored outputs took, as it was measured."""
+    run = next((r for r in times() if f"nbs/{r['chapter']}" == docname and r["preset"] == "paper"), None)
+    if run is None: return
+    notebook = json.loads(source[0])
+    lines = "".join(notebook["cells"][0]["source"]).split("\n")
+    size = int(run["seconds"])
+    lines[5:5] = ["", f"*Last run as stored here: {size} s, {run['threads']} thread{'s' * (run['threads'] != '1')} of {run['device']}, "
+                      f"torch {run['torch'].partition('+')[0]} ([how to run](33_how_to_run.ipynb)).*"]
+    notebook["cells"][0]["source"] = "\n".join(lines)
+    source[0] = json.dumps(notebook)
+
+
 def setup(app):
-    """Makes this module importable as a Sphinx extension; myst-nb finds `read` through `nb_custom_formats`."""
+    """Makes this module a Sphinx extension; myst-nb finds `read` through `nb_custom_formats`."""
+    app.connect("source-read", cost)
     return {"parallel_read_safe": True}
