@@ -22,6 +22,7 @@ from . import plotting as plotting
 from . import position as position
 from . import privacy as privacy
 from . import refinement as refinement
+from . import robustness as robustness
 from . import separation as separation
 from . import spans as spans
 from . import subspace as subspace
