@@ -19,6 +19,7 @@ from . import patch as patch
 from . import plotting as plotting
 from . import position as position
 from . import privacy as privacy
+from . import runner as runner
 from . import separation as separation
 from . import spans as spans
 from . import subspace as subspace

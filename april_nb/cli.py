@@ -406,17 +406,21 @@ def run_command(
     preset: Annotated[Size, typer.Option(help="size of the run")] = "quick",
     seed: Annotated[int, typer.Option(help="of the weights and first guesses")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="processes of one thread each; 1 is this one")] = 1,
+    ray: Annotated[str | None, typer.Option(
+        metavar="ADDRESS", help="compute on a Ray cluster: host:port, auto for the one that runs here, or local to "
+                                "start one", show_default=False)] = None,
     results: Annotated[Path, typer.Option(help="folder of the rows")] = Path("results"),
 ) -> None:
     """Makes the rows of one of the book's experiments, where they are not there yet.
 
-    Stop it at any time: the same command goes on with the first slice that is missing.
+    Stop it at any time: the same command goes on with the first slice that is missing. Two runs share the work.
     """
-    from april_nb.experiments import KEY, SAME, TRAININGS, group, run
-    from april_nb.experiments import device as choose_device
+    from april_nb.experiments import SAME, TRAININGS, run
+    from april_nb.runner import KEY, group
     with progress_bar(experiment) as tell:
         rows = run(experiment, results, dataset=dataset, method=method, settings=settings, n=n, steps=steps,
-                   preset=preset, seed=seed, where=choose_device(device), watch=tell)
+                   preset=preset, seed=seed, where=device, jobs=jobs, ray=ray, watch=tell)
     experiment = SAME.get(experiment, experiment)
     if experiment in TRAININGS: return show_trainings(rows, results / f"{experiment}.csv")
     table = Table("images", "arch", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
@@ -433,7 +437,7 @@ def run_command(
 # %% ../nbs/93_cli.ipynb #437e6cc7
 def show_trainings(rows, path):
     """Prints what training ended with."""
-    from april_nb.experiments import group
+    from april_nb.runner import group
     what = "noise" if "noise" in rows[0] else "positions"
     table = Table("images", what, "settings", "seeds", "accuracy", title=f"rows in {path}")
     for (dataset, kind, config), same in group(rows, "dataset", what, "config").items():
