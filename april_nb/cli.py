@@ -449,6 +449,8 @@ def show_trainings(rows, path):
 # %% ../nbs/93_cli.ipynb #d92b278a
 @app.command("bench", cls=Command)
 def bench_command(
+    what: Annotated[Literal["engine", "attacks", "jobs"], typer.Argument(
+        help="the matching engine; every kind of attack; the runner on two processes")] = "engine",
     model: Annotated[str, typer.Option(
         metavar="NAME", help="one of the paper's models: {vit.PRESETS}",
         autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
@@ -457,10 +459,15 @@ def bench_command(
         min=1, metavar="N", help="how many at once; repeat for more rows (default: 1, 4, 16, 64)",
         show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    budget: Annotated[float, typer.Option(
+        min=0, metavar="SECONDS", help="of attacks: after which each search stops")] = 60,
+    results: Annotated[Path | None, typer.Option(
+        help="of attacks and jobs: folder whose bench.csv the rows go to (default: none)", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
-    """Times the matching engine against the plain autograd step."""
-    where, rows = april_nb.experiments.device(device), []
+    """Times the matching engine against the plain autograd step, or attacks, or the runner."""
+    where, rows = april_nb.runner.device(device), []
+    if what != "engine": return show_times(what, where, budget, results, as_json)
     with Console(stderr=True, force_jupyter=False).status("timing"):
         for row in april_nb.bench.bench(model, arch, sorted(victims or (1, 4, 16, 64)), where): rows.append(row)
     if as_json:
@@ -473,6 +480,25 @@ def bench_command(
         table.add_row(str(r["victims"]), *milliseconds, f"{r['speedup']:.1f}",
                       f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
     Output().print(table)
+
+# %% ../nbs/93_cli.ipynb #8a03c59b
+def show_times(what, where, budget, results, as_json):
+    """Prints what `april bench attacks` or `april bench jobs` measured, each row stored as soon as it is there."""
+    rows = []
+    if results: results.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True, force_jupyter=False).status("timing"):
+        for row in april_nb.bench.attack_times(where, budget) if what == "attacks" else april_nb.bench.job_times(where):
+            rows.append(row)
+            if results: april_nb.runner.add_rows(results / "bench.csv", [row])
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("method", "model", "batch", "victims", "jobs", "steps", "seconds", "processor s", "MB", "PSNR, dB", "verdict",
+                  title=f"{rows[0]['processor']}, {rows[0]['device']}, load {rows[0]['load']} to {rows[-1]['load']}")
+    for r in rows:
+        table.add_row(r["method"], r["model"], *(f"{r[key]:g}" for key in ("batch", "victims", "jobs", "steps", "seconds",
+                      "cpu_seconds", "memory_mb", "psnr")), r["verdict"])
+    Output(width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #6ac58291
 def main() -> None:

@@ -34,7 +34,7 @@ from uuid import uuid4
 
 import torch
 
-from .federated import AprilError, whole_file
+from .federated import AprilError, brief, whole_file
 
 # %% ../nbs/91_runner.ipynb #a164594f
 PRESETS = ("quick", "paper")
@@ -378,13 +378,13 @@ def on_ray(
     kind = "GPU" if where.type == "cuda" else "CPU"
     try: ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": shared}, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AprilError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+        raise AprilError(f"no Ray cluster at {address!r}: {brief(error)}") from error
     task = ray.remote(num_cpus=int(kind == "CPU"), num_gpus=int(kind == "GPU"), max_retries=3)(compute)
     try: yield Executor(lambda work: task.remote(work, where).future(),
                         lambda: max(int(ray.cluster_resources().get(kind, 0)), 1))
     except ray.exceptions.RayTaskError as error: raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise AprilError(f"Ray gave a slice up: {str(error).splitlines()[0]}: run again; finished ones are kept") from error
+        raise AprilError(f"Ray gave a slice up: {brief(error)}: run again; finished ones are kept") from error
     finally: ray.shutdown()
 
 # %% ../nbs/91_runner.ipynb #6944690b
