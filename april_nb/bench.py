@@ -173,9 +173,9 @@ def attack_times(
 
 # %% ../nbs/92_bench.ipynb #970dac84
 def job_arms() -> Iterator[tuple[Arm, int]]:  # what is attacked, and how many images
-    """What `april bench jobs` times: a closed form and a search, eight and four slices."""
-    yield Arm("imagenet", "A", "closed-form"), 40
-    yield Arm("cifar10", "B", "april", steps=30), 100
+    """What `april bench jobs` times: a closed form and a search, six and four slices."""
+    yield Arm("imagenet", "A", "closed-form"), 30
+    yield Arm("cifar10", "B", "april", steps=15), 100
 
 def job_times(
     where: torch.device,  # to compute on

@@ -149,7 +149,7 @@ class Work(Protocol):
     @property
     def steps(self) -> int:
         """How many of them it takes."""
-    def names(self) -> list[list[Mapping[str, Any]]]:
+    def names(self) -> Sequence[Sequence[Mapping[str, Any]]]:
         """For each of the groups that it can be cut into: its rows, each by the columns that tell it."""
     def only(self, groups: Sequence[int]) -> "Work":
         """The same with some of its groups."""
@@ -239,7 +239,7 @@ class Store:
                 writer.writerows(rows)
             db.execute("UPDATE rows SET pending = 0 WHERE pending")
 
-    def missing(self, db: sqlite3.Connection, names: list[list[Mapping[str, Any]]]) -> list[int]:
+    def missing(self, db: sqlite3.Connection, names: Sequence[Sequence[Mapping[str, Any]]]) -> list[int]:
         """Which groups of a work lack a row."""
         there = lambda name: db.execute(f"SELECT 1 FROM rows WHERE {' AND '.join(f'{c} = ?' for c in name)} LIMIT 1",
                                         tuple(name.values())).fetchone()
