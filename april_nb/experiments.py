@@ -550,6 +550,11 @@ class Lesson:
         return f"{self.training.title()}, seed {self.seed}"
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Of its rows."""
+        return self.training.columns
+
+    @property
     def steps(self) -> int:
         """Of the run."""
         return self.training.steps
