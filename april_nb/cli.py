@@ -406,17 +406,21 @@ def run_command(
     preset: Annotated[Size, typer.Option(help="size of the run")] = "quick",
     seed: Annotated[int, typer.Option(help="of the weights and first guesses")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="processes of one thread each; 1 is this one")] = 1,
+    ray: Annotated[str | None, typer.Option(
+        metavar="ADDRESS", help="compute on a Ray cluster: host:port, auto for the one that runs here, or local to "
+                                "start one", show_default=False)] = None,
     results: Annotated[Path, typer.Option(help="folder of the rows")] = Path("results"),
 ) -> None:
     """Makes the rows of one of the book's experiments, where they are not there yet.
 
-    Stop it at any time: the same command goes on with the first slice that is missing.
+    Stop it at any time: the same command goes on with the first slice that is missing. Two runs share the work.
     """
-    from april_nb.experiments import KEY, SAME, TRAININGS, group, run
-    from april_nb.experiments import device as choose_device
+    from april_nb.experiments import SAME, TRAININGS, run
+    from april_nb.runner import KEY, group
     with progress_bar(experiment) as tell:
         rows = run(experiment, results, dataset=dataset, method=method, settings=settings, n=n, steps=steps,
-                   preset=preset, seed=seed, where=choose_device(device), watch=tell)
+                   preset=preset, seed=seed, where=device, jobs=jobs, ray=ray, watch=tell)
     experiment = SAME.get(experiment, experiment)
     if experiment in TRAININGS: return show_trainings(rows, results / f"{experiment}.csv")
     table = Table("images", "arch", "method", "settings", "steps", "n", "median MSE", "median PSNR, dB", "verdicts",
@@ -433,7 +437,7 @@ def run_command(
 # %% ../nbs/93_cli.ipynb #437e6cc7
 def show_trainings(rows, path):
     """Prints what training ended with."""
-    from april_nb.experiments import group
+    from april_nb.runner import group
     what = "noise" if "noise" in rows[0] else "positions"
     table = Table("images", what, "settings", "seeds", "accuracy", title=f"rows in {path}")
     for (dataset, kind, config), same in group(rows, "dataset", what, "config").items():
@@ -445,6 +449,8 @@ def show_trainings(rows, path):
 # %% ../nbs/93_cli.ipynb #d92b278a
 @app.command("bench", cls=Command)
 def bench_command(
+    what: Annotated[Literal["engine", "attacks", "jobs"], typer.Argument(
+        help="the matching engine; every kind of attack; the runner on two processes")] = "engine",
     model: Annotated[str, typer.Option(
         metavar="NAME", help="one of the paper's models: {vit.PRESETS}",
         autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
@@ -453,10 +459,15 @@ def bench_command(
         min=1, metavar="N", help="how many at once; repeat for more rows (default: 1, 4, 16, 64)",
         show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    budget: Annotated[float, typer.Option(
+        min=0, metavar="SECONDS", help="of attacks: after which each search stops")] = 60,
+    results: Annotated[Path | None, typer.Option(
+        help="of attacks and jobs: folder whose bench.csv the rows go to (default: none)", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
-    """Times the matching engine against the plain autograd step."""
-    where, rows = april_nb.experiments.device(device), []
+    """Times the matching engine against the plain autograd step, or attacks, or the runner."""
+    where, rows = april_nb.runner.device(device), []
+    if what != "engine": return show_times(what, where, budget, results, as_json)
     with Console(stderr=True, force_jupyter=False).status("timing"):
         for row in april_nb.bench.bench(model, arch, sorted(victims or (1, 4, 16, 64)), where): rows.append(row)
     if as_json:
@@ -469,6 +480,25 @@ def bench_command(
         table.add_row(str(r["victims"]), *milliseconds, f"{r['speedup']:.1f}",
                       f"{r['peak_share']:.0%}", f"{r['peak_memory_mb']:.0f}")
     Output().print(table)
+
+# %% ../nbs/93_cli.ipynb #8a03c59b
+def show_times(what, where, budget, results, as_json):
+    """Prints what `april bench attacks` or `april bench jobs` measured, each row stored as soon as it is there."""
+    rows = []
+    if results: results.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True, force_jupyter=False).status("timing"):
+        for row in april_nb.bench.attack_times(where, budget) if what == "attacks" else april_nb.bench.job_times(where):
+            rows.append(row)
+            if results: april_nb.runner.add_rows(results / "bench.csv", [row])
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("method", "model", "batch", "victims", "jobs", "steps", "seconds", "processor s", "MB", "PSNR, dB", "verdict",
+                  title=f"{rows[0]['processor']}, {rows[0]['device']}, load {rows[0]['load']} to {rows[-1]['load']}")
+    for r in rows:
+        table.add_row(r["method"], r["model"], *(f"{r[key]:g}" for key in ("batch", "victims", "jobs", "steps", "seconds",
+                      "cpu_seconds", "memory_mb", "psnr")), r["verdict"])
+    Output(width=150).print(table)
 
 # %% ../nbs/93_cli.ipynb #6ac58291
 def main() -> None:

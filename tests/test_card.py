@@ -7,8 +7,9 @@ import nbformat
 import pytest
 
 import chapters
-from april_nb import experiments
-from april_nb.experiments import EXPERIMENTS, TRAININGS, read_rows
+from april_nb import runner
+from april_nb.experiments import EXPERIMENTS, TRAININGS
+from april_nb.runner import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "nbs" / "29_reproduction_card.ipynb"
@@ -20,7 +21,7 @@ NUMBERED = {"Eq.": 12, "Fig.": 8, "Table": 1, "Theorem": 2, "Algorithm": 2}
 def made(monkeypatch, read=read_rows):
     """The names that the card's cells define, and the tables that they end in, with rows as `read` reads them."""
     monkeypatch.chdir(ROOT / "nbs")
-    monkeypatch.setattr(experiments, "read_rows", read)
+    monkeypatch.setattr(runner, "read_rows", read)
     names, shown = {"__name__": "card"}, []
     for cell in nbformat.read(CARD, 4).cells:
         if cell.cell_type != "code": continue

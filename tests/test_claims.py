@@ -10,7 +10,8 @@ import torch
 
 from april_nb.closed_form import closed_form
 from april_nb.data import FORMATS, photos
-from april_nb.experiments import Arm, group, read_rows, select, values
+from april_nb.experiments import Arm
+from april_nb.runner import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
 from april_nb.privacy import noise_for

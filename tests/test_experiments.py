@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from april_nb import experiments
 from april_nb.cli import main
-from april_nb.experiments import (COLUMNS, EXPERIMENTS, KEYS, NUMBERS, TRAININGS, add_rows, batches, composed,
-                                  read_rows)
+from april_nb.experiments import EXPERIMENTS, TRAININGS, batches, composed
 from april_nb.federated import AprilError
+from april_nb.runner import COLUMNS, KEYS, NUMBERS, add_rows, read_rows
 
 COMMAND = [sys.executable, "-c", "from april_nb.cli import main; main()", "run", "table1", "--dataset", "mnist", "--n", "1", "--steps", "2",
            "--device", "cpu", "--results"]
@@ -63,15 +63,19 @@ def test_an_interrupted_run_says_so_in_one_line_and_keeps_finished_slices(tmp_pa
     out, errors = capsys.readouterr()
     assert stop.value.code == 130 and out == "" and errors.count("\n") == 1 and "kept" in errors
     assert len(read_rows(tmp_path / "table1.csv")) == 2
-    assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
+    assert {p.name for p in tmp_path.iterdir()} == {"table1.csv", ".table1.sqlite"}
 
 
-def test_a_full_disk_keeps_the_slices_that_were_written(tmp_path):
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+@pytest.mark.parametrize("before, room", [(0, 1000), (0, 8192), (60, 18_000)])
+def test_a_full_disk_keeps_the_slices_that_were_written(tmp_path, before, room):
+    path, full = tmp_path / "table1.csv", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    if before: add_rows(path, [row(experiment="table1", image_id=i) for i in range(before)])
     run = subprocess.run([*COMMAND, tmp_path], preexec_fn=full, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and run.stderr.startswith("april: ") and run.stderr.count("\n") == 1, run.stderr
-    assert read_rows(tmp_path / "table1.csv")
-    assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".csv", ".lock")] == []
+    kept = read_rows(path)
+    assert len(kept) >= before and {p.name for p in tmp_path.iterdir()} <= {"table1.csv", ".table1.sqlite", ".table1.sqlite-journal"}
+    assert start(tmp_path).wait(120) == 0
+    assert all(r in read_rows(path) for r in kept) and len(read_rows(path)) == before + 8
 
 
 @pytest.mark.parametrize("args, why", [(["figure99"], "unknown experiment"), (["table1", "--method", "magic"], "no arm"),
@@ -131,7 +135,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, spoil, line):
 @pytest.mark.parametrize("path", sorted(Path(__file__).resolve().parent.parent.glob("results/*.csv")), ids=lambda p: p.stem)
 def test_stored_rows_are_finite_and_no_two_are_the_same_run(path):
     rows = read_rows(path)
-    assert path.stem in EXPERIMENTS | TRAININGS and rows
+    assert path.stem in {*EXPERIMENTS, *TRAININGS, "bench"} and rows
     columns = tuple(rows[0])
     assert all(math.isfinite(r[k]) for r in rows for k in NUMBERS if k in columns and k != "epsilon")   # ∞ without noise
     assert {r["experiment"] for r in rows} == {path.stem} and all(r[k] != "" for r in rows for k in columns)

@@ -194,10 +194,10 @@ def test_every_public_thing_is_documented_down_to_its_parameters(thing):
 
 def test_the_package_runs_without_the_tools_of_the_book():
     allowed = {"torch", "torchvision", "skimage", "scipy", "matplotlib", "numpy", "PIL", "safetensors", "typer", "rich", "lazy_loader", "april_nb",
-               "filelock",  # a dependency of torch
                "opacus",    # the extra `privacy`; test_privacy checks that only functions import it
                "timm", "transformers",   # the extras `timm` and `hf`; test_views imports everything without them
-               "flwr"}      # the extra `flower`: `federation` is Flower's apps and nothing else may import it
+               "flwr",      # the extra `flower`: `federation` is Flower's apps and nothing else may import it
+               "ray"}       # the extra `ray`: `runner` imports it where `--ray` asks for it
     for path in (ROOT / "april_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -16,7 +16,7 @@ from torch import nn
 from april_nb.certificate import solve
 from april_nb.closed_form import closed_form
 from april_nb.defenses import gaussian, laplace, noise_generator
-from april_nb.experiments import group, read_rows, values
+from april_nb.runner import group, read_rows, values
 from april_nb.federated import MissingGradient, Update, client_update
 from april_nb.patch import patch_leakage, ridge_leakage, shrinkage
 from april_nb.vit import ViT, from_patches, init_torch, to_patches, vit

@@ -5,7 +5,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from april_nb.closed_form import closed_form
-from april_nb.experiments import TRAINING, Arm, Training, attack_slice, run
+from april_nb.experiments import Arm, Training, attack_slice, run
+from april_nb.runner import TRAINING
 from april_nb.federated import AprilError, MissingGradient, client_update
 from april_nb.labels import restore_labels
 from april_nb.matching import Matcher, plain_shares
@@ -219,6 +220,7 @@ def test_training_rows_are_one_per_epoch_and_the_loss_falls(monkeypatch):
 
 def test_a_training_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
     from april_nb import experiments
+    from april_nb.runner import read_rows
     monkeypatch.delenv("APRIL_DATA", raising=False)
     lines = [Training("mnist", "B", kind, images=20, epochs=1) for kind in ("none", "normal")]
     monkeypatch.setitem(experiments.TRAININGS, "positions", lambda preset: [(line, 2) for line in lines])
@@ -229,9 +231,9 @@ def test_a_training_experiment_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return once(*args)
     monkeypatch.setattr(Training, "once", interrupted)
     with pytest.raises(KeyboardInterrupt): run("positions", tmp_path)
-    kept = experiments.read_rows(tmp_path / "positions.csv")
+    kept = read_rows(tmp_path / "positions.csv")
     assert len(kept) == 2 and len(run("positions", tmp_path)) == 4 and len(calls) == 5
-    assert all(row in experiments.read_rows(tmp_path / "positions.csv") for row in kept)
+    assert all(row in read_rows(tmp_path / "positions.csv") for row in kept)
     run("positions", tmp_path)
     assert len(calls) == 5, "a second run makes nothing again"
     with pytest.raises(AprilError, match="is a training run"): run("positions", tmp_path, method="dlg")
