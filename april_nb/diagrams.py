@@ -370,7 +370,7 @@ def slider(
     image = lambda picture: Image.open(BytesIO(picture._repr_png_()))
     shown = "".join(f'<div class="frame" title="{escape(label)}"{"" if i == first else " hidden"}>'
                     f"<p>{escape(what)}: <b>{escape(label)}</b></p>"
-                    f'{embedded(image(picture), f"{alt} {what}: {label}.", quality=85)}</div>'
+                    f'{embedded(image(picture), f"{alt} {what}: {label}.", quality=70)}</div>'
                     for i, (label, picture) in enumerate(frames.items()))
     labels = list(frames)
     moves = (f'<input type="range" min="0" max="{len(frames) - 1}" value="{first}" aria-label="{escape(what)}" '
