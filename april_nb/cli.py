@@ -84,7 +84,9 @@ class Command(TyperCommand):
         groups: dict[str, list] = {"Arguments": []}
         for p in self.get_params(ctx):
             said, other = p.get_help_record(ctx), "Arguments" if p.param_type_name == "argument" else "Options"
-            if said: groups.setdefault(getattr(p, "rich_help_panel", None) or other, []).append(said)
+            if not said: continue
+            words, text = said[0], said[1].replace(r"\[", "[")   # typer escapes brackets for rich, which has no part here
+            groups.setdefault(getattr(p, "rich_help_panel", None) or other, []).append((words, text))
         for title, rows in groups.items():
             if not rows: continue
             with formatter.section(title): formatter.write_dl(rows)

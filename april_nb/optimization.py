@@ -180,7 +180,8 @@ def match(
     if settings.restarts > 1:
         once = replace(settings, restarts=1)
         tries = [match(model, updates, once, labels, box, [s + RESTART * r for s in seeds], decode, start,
-                       watch, dtype, memory, seconds / settings.restarts, None if kept is None else kept.setdefault(r, {}))
+                       watch, dtype, memory, seconds / settings.restarts,
+                       None if kept is None else kept.setdefault(r, {}))
                  for r in range(settings.restarts)]
         return [min(answers, key=lambda a: a.history.nan_to_num(math.inf).min()) for answers in zip(*tries)]
     if settings.box and (box is None or decode):
@@ -205,7 +206,8 @@ def match(
     best, least, history = [v.detach().clone() for v in free], x.new_full((len(x),), torch.inf), []
     first, noise = 0, 16 * torch.finfo(dtype).eps
     if kept:
-        first, least, best, history = kept["steps"], kept["least"], kept["best"], list(kept["history"].unbind(1))
+        first, least, history = kept["steps"], kept["least"], list(kept["history"].unbind(1))
+        best = [v.clone() for v in kept["best"]]
         with torch.no_grad():
             for v, was in zip(free, kept["free"]): v.copy_(was)
         optimiser.load_state_dict(kept["optimiser"])

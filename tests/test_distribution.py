@@ -40,7 +40,7 @@ def test_the_wheel_says_what_it_is(wheel):
     said = {Path(n).name: wheel.read(n).decode() for n in wheel.namelist() if ".dist-info/" in n}
     meta = Parser().parsestr(said["METADATA"])
     assert (meta["Version"], meta["License-Expression"]) == (april_nb.__version__, "Apache-2.0")
-    assert "april = april_nb.cli:main" in said["entry_points.txt"]
+    assert "april = april_nb.__main__:main" in said["entry_points.txt"]
     assert {name_of(r) for r in meta.get_all("Requires-Dist") if "extra ==" not in r} == {name_of(r) for r in PROJECT["dependencies"]}
 
 
