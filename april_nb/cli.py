@@ -14,11 +14,11 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import statistics
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -312,9 +312,9 @@ def kept_in(path, of, where):
         return
     kept: dict = {}
     if path.exists():
-        try: there = torch.load(path, map_location=where, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UsageError(f"{path} is not what a search keeps: give --keep another name") from error
+        if not zipfile.is_zipfile(path):
+            raise UsageError(f"{path} is not what a search keeps: give --keep another name")
+        there = torch.load(path, map_location=where, weights_only=True)
         if not isinstance(there, dict) or there.get("of") != of:
             raise UsageError(f"{path} belongs to another search: give --keep another name, or the options of before")
         kept = there["kept"]

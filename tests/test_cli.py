@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 from PIL import Image
 
 import april_nb
@@ -290,17 +290,26 @@ def test_a_search_that_its_budget_stopped_goes_on_to_the_same_answer(tmp_path, m
     assert numbers(report(*SEARCH, "--method", method, *kept, "--budget", 0)) == whole   # there is nothing left to do
 
 
-def test_an_interrupted_search_goes_on_where_it_was(tmp_path):
-    options, kept = [*SEARCH, "--method", "dlg", "--restarts", 2, "--json"], tmp_path / "search"
-    options[options.index(12)] = 400
-    started = subprocess.Popen([APRIL, "attack", *map(str, options), "--keep", kept], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    time.sleep(12)
-    started.send_signal(signal.SIGINT)
-    out, errors = started.communicate(timeout=60)
-    assert (started.returncode, out) == (130, "") and errors.startswith("april: interrupted"), errors
-    done = torch.load(kept, weights_only=True)["kept"]
-    assert 0 < sum(one.get("steps", 0) for one in done.values()) < 800
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    command = ["april", "attack", *map(str, SEARCH), "--method", "dlg", "--restarts", "2", "--json", "--keep", str(tmp_path / "search")]
+    monkeypatch.setattr(sys, "argv", command)
+    told = []
+    @contextmanager
+    def watched(title):
+        def tell(*step):
+            told.append(step)
+            if len(told) == 16: raise KeyboardInterrupt   # in the fourth step of the second first guess
+        yield tell
+    monkeypatch.setattr(cli, "progress_bar", watched)
+    with pytest.raises(SystemExit) as stop: cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err.startswith("april: interrupted")
+    with pytest.raises(SystemExit): cli.main()
+    went_on = json.loads(capsys.readouterr().out)
+    assert len(told) == 16 + 9   # the fourth step again and what follows, nothing before
+    (tmp_path / "search").unlink()
+    with pytest.raises(SystemExit): cli.main()
+    at_once = json.loads(capsys.readouterr().out)
+    assert [at_once[k] == went_on[k] for k in ("psnr", "reason", "images")] == [True] * 3
 
 
 def test_what_a_search_keeps_belongs_to_it_alone(tmp_path):
