@@ -66,7 +66,7 @@ def listed(
     module, table, *part = place.split(".")
     spec = find_spec(f"april_nb.{module}")
     tables = {}
-    for line in ast.parse(spec.loader.get_source(spec.name)).body:
+    for line in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
         match line:
             case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value): tables[name] = value
     return named(tables[table], tables, *part)
