@@ -30,5 +30,6 @@ clean:
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check 'pip>=25.1'   # the first that knows groups
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e . --group dev
 	touch $@

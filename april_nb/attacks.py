@@ -47,6 +47,7 @@ class Terms:
     settings: Settings | None = None     # of gradient matching in pixels (default: the paper's)
     box: tuple[Tensor, Tensor] | None = None  # smallest and largest pixel of each channel, for settings that keep to it
     restarts: int = 1                    # first guesses for each victim
+    kept: dict | None = None             # where a search keeps its state, and goes on from it if it holds one
 
 # %% ../nbs/24_attacks.ipynb #c9bad4bd
 @dataclass(frozen=True)
@@ -86,22 +87,24 @@ def matching(method):
     def run(model, updates, terms):
         settings = terms.settings or paper_settings(method, terms.steps)
         return match(model, updates, settings, labels_of(model, updates, terms), terms.box, terms.seeds,
-                     watch=terms.watch, seconds=terms.seconds)
+                     watch=terms.watch, seconds=terms.seconds, kept=terms.kept)
     return run
 
 def refining(model, updates, terms):
     """Theorem 4's solution, refined; it starts where the linear equations end, not from a seed."""
-    return refine(model, updates, terms.steps, labels_of(model, updates, terms), terms.watch, terms.seconds)
+    return refine(model, updates, terms.steps, labels_of(model, updates, terms), terms.watch, terms.seconds,
+                  terms.kept)
 
 def spanning(model, updates, terms):
     """A batch image by image, from the spans of all layers; labels come with the images."""
     guesses = 10 if terms.restarts == 1 else terms.restarts
-    return spans(model, updates, terms.steps, terms.labels, terms.seeds, terms.watch, guesses, terms.seconds)
+    return spans(model, updates, terms.steps, terms.labels, terms.seeds, terms.watch, guesses, terms.seconds,
+                 kept=terms.kept)
 
 def separating(model, updates, terms):
     """A batch in the span of its patches."""
     return separate(model, updates, terms.steps, labels_of(model, updates, terms), terms.seeds, terms.watch,
-                    terms.restarts, terms.seconds)
+                    terms.restarts, terms.seconds, terms.kept)
 
 def searching(title, theorem, run, reads=(), spares=(), images=(1, math.inf), labels=True, steps=1500):
     """A line of the list for an attack that searches."""

@@ -22,7 +22,7 @@ from . import plotting
 from .attacks import ATTACKS, check_update, obstacle
 from .certificate import System
 from .data import Normalisation, check_pixels
-from .defenses import defense, noise_generator, parts, total_norm
+from .defenses import compose, noise_generator, parts, total_norm
 from .federated import AprilError, MissingGradient, Update, client_update, generator_of
 from .labels import restore_labels
 from .linear import NotRecoverable
@@ -94,6 +94,7 @@ class Case:
     seconds: float = 0.0          # that one gradient takes, once the machine is warm
     steps: int | None = None      # of a search that has time enough (default: each search's own)
     seed: int = 0                 # of first guesses and noise
+    restarts: int = 1             # first guesses of a search
 
 # %% ../nbs/26_audit.ipynb #7f45e91e
 def best_psnr(case, images):
@@ -113,7 +114,7 @@ def finding(case, update, name, seconds=math.inf):
     if attack.searches and seconds < FIRST_STEP * case.seconds:
         return stop("not-converged", "not started: its first step would overrun its part of the budget", ended=False)
     try: answer, = attack(case.model, [update], seeds=[case.seed], steps=case.steps, seconds=seconds,
-                          box=case.normalisation.box())
+                          restarts=case.restarts, box=case.normalisation.box())
     except NotRecoverable as error: return stop("nothing-leaks", str(error))
     except (NotApplicable, MissingGradient) as error: return stop("not-applicable", str(error))
     steps = 0 if answer.history is None else len(answer.history)
@@ -223,9 +224,7 @@ def defended(
     draw: int = 0,             # of the noise
 ) -> Update:                   # what it sends instead
     """An update after a cure, with the noise of the case's seed."""
-    generator = noise_generator(case.seed + draw)
-    for spec in defenses: update = defense(spec, view(case.model), generator)(update)
-    return update
+    return compose(defenses, view(case.model), noise_generator(case.seed + draw))(update)
 
 # %% ../nbs/26_audit.ipynb #7b260a89
 def worst_draw(case, update, specs):
@@ -397,7 +396,7 @@ def next_round(case, images, labels, budget, name, watch):
     drawn = 0.02 * torch.randn(head.shape, generator=generator_of(case.seed))
     with torch.no_grad(): head.copy_(drawn)
     try: return audit(case.model, images, labels, normalisation=case.normalisation, budget=budget, steps=case.steps,
-                      seed=case.seed, name=name, watch=watch)
+                      seed=case.seed, restarts=case.restarts, name=name, watch=watch)
     finally:
         with torch.no_grad(): head.zero_()
 
@@ -422,6 +421,7 @@ def audit(
     budget: float = 30.0,            # seconds for all searches together; closed forms always run
     steps: int | None = None,        # of a search that has time enough (default: each search's own)
     seed: int = 0,                   # of first guesses and noise
+    restarts: int = 1,               # first guesses of a search; they share its time
     name: str | None = None,         # of the model in the report (default: its class)
     watch: Callable[[str], None] = lambda what: None,  # told what runs
 ) -> Audit:                          # prints as text
@@ -458,7 +458,7 @@ def audit(
     sent, seconds = client(), timed(client)   # the first call warms up and does not set the clock
     update = update or sent
     remarks = check_update(model, update)
-    case = Case(model, normalisation, truth, seconds, steps, seed)
+    case = Case(model, normalisation, truth, seconds, steps, seed, restarts)
     watch("closed forms")
     found = list(closed(case, update))
     silent = v.head_weight is not None and not v.weights[v.head_weight].any()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RELATIVE', 'NOISE', 'PLAIN', 'EXAMPLES', 'noise_generator', 'gaussian', 'laplace', 'total_norm', 'clip', 'l1_clip',
-           'top_k', 'quantize', 'withhold', 'parts', 'defense']
+           'top_k', 'quantize', 'withhold', 'parts', 'defense', 'compose']
 
 # %% ../nbs/17_defenses.ipynb #73060d19
 #| code-fold: true
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from functools import reduce
 
 import torch
 
@@ -238,3 +239,18 @@ def defense(
     if "*" in value: raise AprilError(usage)
     PLAIN[name](Update({"w": torch.ones(1)}), size)   # a number out of range is refused before any work
     return lambda update: PLAIN[name](update, size)
+
+def compose(
+    specs: Iterable[str],        # as `defense` reads them, in the order in which the client applies them
+    view: View,                  # of the server's model
+    generator: torch.Generator,  # on the CPU, the one source of all their noise
+) -> Callable[[Update], Update]: # the defence
+    """Several defences as one.
+
+    Raises
+    ------
+    AprilError
+        If one of them does not exist or has a wrong value; none has been applied then.
+    """
+    chain = [defense(spec, view, generator) for spec in specs]
+    return lambda update: reduce(lambda sent, change: change(sent), chain, update)

@@ -8,11 +8,12 @@ __all__ = ['SCHEDULES', 'RESTART', 'CLOSE', 'PUBLISHED', 'Settings', 'total_vari
 
 # %% ../nbs/14_optimization.ipynb #8545ef8c
 #| code-fold: true
-import itertools
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,29 +109,40 @@ class LBFGS:
         length = step.square().mean(1, keepdim=True).sqrt()
         return x - step * (self.reach / length).clamp_max(1.0)
 
+    def state_dict(self) -> dict:   # as PyTorch's optimisers have it
+        """What the next step depends on."""
+        return dict(pairs=self.pairs, last=self.last)
+
+    def load_state_dict(
+        self,
+        state: dict,  # of `state_dict`
+    ) -> None:
+        """Goes on from there."""
+        self.pairs, self.last = state["pairs"], state["last"]
+
 # %% ../nbs/14_optimization.ipynb #ec799d6c
 def mover(
     settings: Settings,  # of the attack
     free: list[Tensor],  # the variables, shape (N, …) each
     memory: int,         # curvature pairs that L-BFGS keeps
-) -> Callable[[list[Tensor]], None]:  # moves the variables, given their gradients
+) -> tuple[Any, Callable[[list[Tensor], int], None]]:  # optimiser, and what moves the variables: gradients, step
     """The optimiser that the settings name; raises `AprilError` for an unknown one."""
-    factor, steps = SCHEDULES[settings.schedule], itertools.count()
+    rate = lambda step: settings.lr * SCHEDULES[settings.schedule](step / settings.steps)
     if settings.optimiser == "lbfgs":
         lbfgs, flat = LBFGS(settings.lr, memory), lambda parts: torch.cat([p.flatten(1) for p in parts], 1)
-        def descend(grads):
-            lbfgs.lr = settings.lr * factor(next(steps) / settings.steps)
+        def descend(grads, step):
+            lbfgs.lr = rate(step)
             moved = lbfgs.step(flat(free), flat(grads)).split([v[0].numel() for v in free], 1)
             for v, new in zip(free, moved): v.copy_(new.view_as(v))
-        return descend
+        return lbfgs, descend
     if settings.optimiser not in ("adam", "signed"):
         raise AprilError(f"unknown optimiser {settings.optimiser!r}: choose adam, signed or lbfgs")
     adam = torch.optim.Adam(free, lr=settings.lr, eps=1e-16)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: factor(t / settings.steps))
-    def move(grads):
+    def move(grads, step):
         for v, g in zip(free, grads): v.grad = g.sign() if settings.optimiser == "signed" else g
-        adam.step(), schedule.step()
-    return move
+        adam.param_groups[0]["lr"] = rate(step)
+        adam.step()
+    return adam, move
 
 # %% ../nbs/14_optimization.ipynb #7634edc6
 def match(
@@ -146,12 +158,14 @@ def match(
     dtype: torch.dtype = torch.float32,  # to compute in
     memory: int = 20,              # curvature pairs that L-BFGS keeps
     seconds: float = math.inf,     # after which no further step begins; restarts share them
+    kept: dict | None = None,      # where the search keeps its state after each step
 ) -> list[Reconstruction]:         # one for each victim, with labels and history
     """Gradient matching (Algorithm 2 and its relatives) for many victims; returns the iterates of least loss.
 
     Each step tells `watch` its number, the losses, shape (N,), and the guesses, shape (N, B, channels, H, W).
     The clock starts when the first step begins, which is made in any case: what is prepared once, such as
-    the factors of the targets, does not count.
+    the factors of the targets, does not count. A search that was stopped, by the clock or an interruption,
+    goes on from what it `kept` as if it had not been; all other arguments but the clock must be those of before.
 
     Raises
     ------
@@ -166,7 +180,9 @@ def match(
     if settings.restarts > 1:
         once = replace(settings, restarts=1)
         tries = [match(model, updates, once, labels, box, [s + RESTART * r for s in seeds], decode, start,
-                       watch, dtype, memory, seconds / settings.restarts) for r in range(settings.restarts)]
+                       watch, dtype, memory, seconds / settings.restarts,
+                       None if kept is None else kept.setdefault(r, {}))
+                 for r in range(settings.restarts)]
         return [min(answers, key=lambda a: a.history.nan_to_num(math.inf).min()) for answers in zip(*tries)]
     if settings.box and (box is None or decode):
         raise AprilError("these settings keep pixels in their range: say which, with box=, "
@@ -186,16 +202,22 @@ def match(
         classes = len(matcher.view.weights[matcher.view.classifier])
         y = torch.stack([normal(g, matcher.examples, classes) for g in generators]).to(device).requires_grad_()
         free = [x, y]
-    move = mover(settings, free, memory)
+    optimiser, move = mover(settings, free, memory)
     best, least, history = [v.detach().clone() for v in free], x.new_full((len(x),), torch.inf), []
-    noise = 16 * torch.finfo(dtype).eps
+    first, noise = 0, 16 * torch.finfo(dtype).eps
+    if kept:
+        first, least, history = kept["steps"], kept["least"], list(kept["history"].unbind(1))
+        best = [v.clone() for v in kept["best"]]
+        with torch.no_grad():
+            for v, was in zip(free, kept["free"]): v.copy_(was)
+        optimiser.load_state_dict(kept["optimiser"])
     by_victim = lambda mask, v: mask.view(-1, *[1] * (v.ndim - 1))
 
     targets = lambda y: y.softmax(-1) if settings.soft_labels else labels.to(device)
 
     began = time.monotonic()
-    for step in range(settings.steps):
-        if step and time.monotonic() - began >= seconds: break
+    for step in range(first, settings.steps):
+        if step > first and time.monotonic() - began >= seconds: break
         images = decode(x) if decode else x
         shares = matcher.shares(images, targets(y), l1=settings.l1 > 0)
         loss = objective(shares, images, settings, matcher.view.positions)
@@ -208,9 +230,12 @@ def match(
             least = torch.where(loss < least, loss, least)
             best = [torch.where(by_victim(better, v), v, b) for v, b in zip(free, best)]
             grads = [torch.where(by_victim(alive, g), g, 0.0) for g in grads]
-            move(grads)
+            move(grads, step)
             if settings.box: x.clamp_(*(b.to(x) for b in box))
             for v, b in zip(free, best): v.copy_(torch.where(by_victim(alive, v), v, b))
+        if kept is not None:   # in one go, so that an interruption finds this step whole, or the one before
+            kept.update(copy.deepcopy(dict(steps=step + 1, least=least, best=best, free=[v.detach() for v in free],
+                                           history=torch.stack(history, 1), optimiser=optimiser.state_dict())))
     if decode: best[0] = decode(best[0]).detach()
     shares = matcher.shares(best[0].requires_grad_(), targets(best[-1]))
     return conclude(best, mismatch(shares, matcher.view), torch.stack(history, 1), labels, settings.steps)

@@ -49,6 +49,7 @@ def refine(
     labels: Tensor | None = None,  # classes of the images, shape (N, 1), if known; restored otherwise
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     seconds: float = math.inf,  # after which no further step begins
+    kept: dict | None = None,   # where the search keeps its state, as in `april_nb.optimization.match`
 ) -> list[Reconstruction]:      # one for each victim, with labels and history
     """Gradient matching in the span of the patches, from Theorem 4's linear solution, in float64.
 
@@ -79,6 +80,6 @@ def refine(
     start = lambda generator: torch.zeros(r, P)   # the posterior's mean
     settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant")
     answers = match(model, updates, settings, y, decode=decode, start=start, watch=watch, dtype=torch.float64,
-                    memory=60, seconds=seconds)
+                    memory=60, seconds=seconds, kept=kept)
     return [replace(answer, systems=(e.patches.system, e.tokens.system, solved.system))
             for answer, e, solved in zip(answers, systems, solutions)]

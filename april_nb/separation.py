@@ -78,6 +78,7 @@ def separate(
     watch: Callable[[int, Tensor, Tensor], None] = lambda step, losses, images: None,  # told of every step
     restarts: int = 1,             # first guesses for each victim; the one that ends with the least loss counts
     seconds: float = math.inf,     # after which no further step begins; restarts share them
+    kept: dict | None = None,      # where the search keeps its state, as in `april_nb.optimization.match`
 ) -> list[Reconstruction]:         # one for each victim: B images, with labels and history
     """The images of batches whose position gradient is withheld: gradient matching in the family's coordinates.
 
@@ -100,5 +101,5 @@ def separate(
     computed = min(updates[0].dtype, torch.float32, key=lambda t: torch.finfo(t).eps)
     settings = Settings(steps, relative=True, optimiser="lbfgs", schedule="constant", restarts=restarts)
     answers = match(model, updates, settings, y, seeds=seeds, decode=decode, start=start, watch=watch, dtype=computed,
-                    seconds=seconds)
+                    seconds=seconds, kept=kept)
     return [replace(a, systems=f.systems) for a, f in zip(answers, families)]

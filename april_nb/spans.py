@@ -1098,16 +1098,17 @@ def peel(
     seeds: Sequence[int],            # of first guesses
     end: float,                      # when to stop, by `time.monotonic`
     told: Callable[[float, Tensor], None],  # of every step: residual, and the images so far with the candidate
-    before: Reconstruction | None,   # an earlier answer to go on from
+    kept: dict,                      # images and labels found so far, to go on from, and to add to
 ) -> Reconstruction:                 # the images that were found
     """One batch, image by image."""
     if not equations(view(model), update).rest.numel(): return subspace_leakage(model, update)   # it says why
     peeling = Peeling(model, update, classes, end, told)
     if update.examples == 1 and not peeling.whole.shape[0]: return subspace_leakage(model, update)
-    if before is not None:
-        for image, label in zip(before.images.split(1), before.labels.tolist()): peeling.take(peeling.whole, image, [label])
+    if kept:
+        for image, label in zip(kept["images"].split(1), kept["labels"].tolist()): peeling.take(peeling.whole, image, [label])
     enough = peeling.whole.equations >= math.prod(peeling.whole.shape)
-    while enough and not peeling.complete and peeling.find(steps, seeds): pass
+    while enough and not peeling.complete and peeling.find(steps, seeds):
+        kept.update(images=peeling.images, labels=torch.tensor([find.label for find in peeling.finds]))
     if peeling.complete: peeling.sharpen()
     return conclude(peeling)
 
@@ -1122,6 +1123,7 @@ def spans(
     restarts: int = 10,            # first guesses for each image
     seconds: float = math.inf,     # for each victim
     found: Sequence[Reconstruction] | None = None,  # an earlier answer for each victim, to go on from
+    kept: dict | None = None,      # where the images found so far are kept, to go on from if it holds some
 ) -> list[Reconstruction]:         # one for each victim: the images that were found, with labels
     """The images of batches, one by one, from the spans that every layer's gradient gives away (Theorem 5).
 
@@ -1137,7 +1139,8 @@ def spans(
             watch(count, torch.tensor([fit]), images[None])
             count += 1
         known = None if labels is None else labels[i].tolist()
-        before = None if found is None else found[i]
+        own = {} if kept is None else kept.setdefault(i, {})
+        if found is not None and not own: own.update(images=found[i].images, labels=found[i].labels)
         guesses = [seed + RESTART * r for r in range(restarts)]
-        answers.append(peel(model, update, steps, known, guesses, time.monotonic() + seconds, told, before))
+        answers.append(peel(model, update, steps, known, guesses, time.monotonic() + seconds, told, own))
     return answers

@@ -14,7 +14,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from april_nb.attacks import ATTACKS
 from april_nb.audit import DRAWS, MECHANISMS, STOPPED, audit, clipped_noise, page, text
 from april_nb.data import FORMATS, photos
-from april_nb.defenses import defense, noise_generator
+from april_nb.defenses import compose, defense, noise_generator
 from april_nb.federated import AprilError, Update, client_update
 from april_nb.metrics import psnr
 from april_nb.models import named_model
@@ -130,6 +130,16 @@ def test_a_cold_first_call_does_not_set_the_clock(clock, monkeypatch):
     assert all(f.ended for f in report_of(timm_vit(depth=1), budget=8.0, steps=1).attacks)
 
 
+def test_the_audits_searches_take_as_many_first_guesses_as_asked(monkeypatch):
+    tried = []
+    def counted(model, updates, terms):
+        tried.append(terms.restarts)
+        return ATTACKS["patch"].run(model, updates, terms)
+    for name in SEARCHES: monkeypatch.setitem(ATTACKS, name, replace(ATTACKS[name], run=counted))
+    report_of(timm_vit(depth=1), budget=60.0, steps=1, restarts=3)
+    assert tried and {*tried} == {3}
+
+
 def test_noise_is_offered_through_mechanisms_with_their_epsilon_for_one_round(report):
     offered = {c.action: c for c in report.cures if c.action in MECHANISMS}
     assert set(offered) == set(MECHANISMS)
@@ -187,8 +197,7 @@ def test_cures_applied_do_what_the_report_says(report):
         noisy = any(spec.startswith("gaussian") for spec in cure.defenses)
         left = {}
         for draw in range(DRAWS if noisy else 1):
-            sent, generator = update, noise_generator(draw)
-            for spec in cure.defenses: sent = defense(spec, view(model), generator)(sent)
+            sent = compose(cure.defenses, view(model), noise_generator(draw))(update)
             for found in cure.findings:
                 if found.name not in CLOSED or found.verdict in ("not-applicable", "nothing-leaks"): continue
                 answer = run(found.name, model, sent)

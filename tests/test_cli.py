@@ -2,11 +2,11 @@
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -109,6 +109,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, case):
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    resource = pytest.importorskip("resource")   # Windows has none
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     run = april("attack", "--model", "vit_cifar", "--out", tmp_path / "a.png", preexec_fn=full)
     assert run.returncode == 2 and run.stderr.startswith("april: ") and run.stderr.count("\n") == 1, run.stderr
@@ -204,6 +205,7 @@ finally: assert not {"torch", "torchvision", "scipy", "skimage", "matplotlib", "
 
 
 @pytest.mark.parametrize("arguments, code, said", [
+    ("attack --help", 0, "withhold:positions"), ("audit --help", 0, "torchvision"), ("run --help", 0, "table1"), ("bench -h", 0, "vit_cifar"),
     ("", 0, "Commands:"), ("--help", 0, "audit"), ("-h", 0, "bench"), ("--version", 0, april_nb.__version__), ("attack --out a.txt", 2, ""),
     ("nothing", 2, ""), ("attack --know all", 2, "")])
 def test_what_needs_no_pytorch_loads_none(arguments, code, said):
@@ -217,6 +219,120 @@ def test_what_needs_no_pytorch_loads_none(arguments, code, said):
 def test_a_shell_completes_commands_options_and_names(words, offered):
     env = os.environ | {"_APRIL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     assert set(april(env=env).stdout.split()) == offered
+
+
+@pytest.mark.parametrize("words", ["april attack --method s", "april attack --positions "])
+def test_a_shell_completes_names_without_pytorch(words):
+    env = os.environ | {"_APRIL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "3"}
+    code = LIGHT.replace("try: main()", "sys.argv = ['april']\ntry: main()")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert run.returncode == 0 and "loaded" not in run.stderr and len(run.stdout.split()) > 2, run.stderr
+
+
+TABLES = {"attacks.ATTACKS": april_nb.ATTACKS, "defenses.EXAMPLES": april_nb.defenses.EXAMPLES, "models.LIBRARIES": april_nb.models.LIBRARIES,
+          "defenses.EXAMPLES.values": april_nb.defenses.EXAMPLES.values(), "vit.PRESETS": april_nb.vit.PRESETS,
+          "vit.POSITIONS": april_nb.vit.POSITIONS, "vit.INITIALISATIONS": april_nb.vit.INITIALISATIONS,
+          "experiments.EXPERIMENTS": experiments.EXPERIMENTS, "experiments.TRAININGS": experiments.TRAININGS, "experiments.SAME": experiments.SAME}
+
+
+@pytest.mark.parametrize("place", TABLES)
+def test_names_read_in_a_modules_source_are_those_of_its_tables(place):
+    assert cli.listed(place) == list(TABLES[place])
+
+
+def test_every_table_that_a_help_text_names_is_among_those_held_above():
+    assert {*re.findall(r"\{(\w+\.[\w.]+)\}", Path(cli.__file__).read_text())} - {"module.TABLE"} <= {*TABLES}
+
+
+@pytest.mark.parametrize("command, groups", [
+    ("attack", ["Arguments", "The model", "The client's round", "The attack", "The report", "Options"]),
+    ("audit", ["Arguments", "The model", "The client's round", "The attack", "The report", "Options"]), ("run", ["Arguments", "Which rows", "Options"])])
+def test_help_groups_options(command, groups):
+    text = april(command, "--help").stdout
+    assert re.findall(r"^(\S.*):$", text, re.M) == groups and "\\[" not in text
+
+
+@pytest.mark.parametrize("command", ["attack", "audit"])
+def test_restarts_budget_and_device_are_options_wherever_an_attack_runs(command):
+    text = april(command, "--help").stdout
+    for option in ("--restarts N", "--budget SECONDS", "--device"): assert option in text
+
+
+def test_an_interruption_before_the_command_line_is_loaded_is_one_line():
+    code = ("import sys\n"
+            "class Now:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'typer': raise KeyboardInterrupt\n"
+            "from april_nb.__main__ import main\n"
+            "sys.meta_path.insert(0, Now())\n"
+            "main()")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "april: interrupted; nothing was begun\n")
+
+
+def test_an_attack_that_was_not_named_is_printed_with_the_reason_for_it():
+    lines = april("attack", "--model", "vit_mnist").stdout.splitlines()
+    assert lines[0].startswith("patch on vit_mnist") and lines[1].startswith("chosen: of the closed forms")
+    assert not any(line.startswith("chosen") for line in april("attack", "--model", "vit_mnist", "--method", "ridge").stdout.splitlines())
+
+
+SEARCH = ["--model", "vit_mnist", "--arch", "B", "--steps", 12, "--dtype", "float64"]
+
+
+@pytest.mark.parametrize("method", ["dlg", "ig", "tag", "april", "refine"])
+def test_a_search_that_its_budget_stopped_goes_on_to_the_same_answer(tmp_path, method):
+    kept = ["--keep", tmp_path / "search"]
+    part = report(*SEARCH, "--method", method, *kept, "--budget", 0)
+    assert "stopped by the budget after 1 of 12 steps" in part["reason"]
+    numbers = lambda r: (r["psnr"], r["reason"], r["verdict"])
+    whole = numbers(report(*SEARCH, "--method", method))
+    assert numbers(report(*SEARCH, "--method", method, *kept)) == whole
+    assert numbers(report(*SEARCH, "--method", method, *kept, "--budget", 0)) == whole   # there is nothing left to do
+
+
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    command = ["april", "attack", *map(str, SEARCH), "--method", "dlg", "--restarts", "2", "--json", "--keep", str(tmp_path / "search")]
+    monkeypatch.setattr(sys, "argv", command)
+    told = []
+    @contextmanager
+    def watched(title):
+        def tell(*step):
+            told.append(step)
+            if len(told) == 16: raise KeyboardInterrupt   # in the fourth step of the second first guess
+        yield tell
+    monkeypatch.setattr(cli, "progress_bar", watched)
+    with pytest.raises(SystemExit) as stop: cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err.startswith("april: interrupted")
+    with pytest.raises(SystemExit): cli.main()
+    went_on = json.loads(capsys.readouterr().out)
+    assert len(told) == 16 + 9   # the fourth step again and what follows, nothing before
+    (tmp_path / "search").unlink()
+    with pytest.raises(SystemExit): cli.main()
+    at_once = json.loads(capsys.readouterr().out)
+    assert [at_once[k] == went_on[k] for k in ("psnr", "reason", "images")] == [True] * 3
+
+
+def test_what_a_search_keeps_belongs_to_it_alone(tmp_path):
+    kept = ["--keep", tmp_path / "search"]
+    report(*SEARCH, "--method", "dlg", *kept, "--budget", 0)
+    before = (tmp_path / "search").read_bytes()
+    for options, why in [(["--method", "tag"], "belongs to another search"), (["--method", "dlg", "--seed", 3], "belongs to another search"),
+                         (["--method", "patch"], "--keep has no effect on patch"), (["--method", "dlg", "--defense", "clip:1"], "another search")]:
+        run = april("attack", *SEARCH, *options, *kept)
+        assert run.returncode == 2 and why in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert (tmp_path / "search").read_bytes() == before
+    (tmp_path / "search").write_text("something else")
+    run = april("attack", *SEARCH, "--method", "dlg", *kept)
+    assert run.returncode == 2 and "is not what a search keeps" in run.stderr and (tmp_path / "search").read_text() == "something else"
+
+
+def test_images_of_a_batch_that_were_found_are_not_searched_for_again(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for path, gradient in zip(paths, (Image.radial_gradient, Image.linear_gradient)): gradient("L").save(path)
+    options = [*paths, "--model", "vit_mnist", "--arch", "B", "--know", "withheld", "--method", "spans", "--keep", tmp_path / "search"]
+    whole = report(*options)
+    again = report(*options, "--budget", 0)   # no time to find any
+    assert again["verdict"] == whole["verdict"] != "not-converged" and min(i["psnr"] for i in again["images"]) > 80
 
 
 def test_the_module_runs_as_the_command():

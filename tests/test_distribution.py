@@ -1,7 +1,10 @@
 """What is shipped: a wheel that holds the package and nothing of the book, and says what it needs."""
 import ast
+import os
 import re
+import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -40,7 +43,7 @@ def test_the_wheel_says_what_it_is(wheel):
     said = {Path(n).name: wheel.read(n).decode() for n in wheel.namelist() if ".dist-info/" in n}
     meta = Parser().parsestr(said["METADATA"])
     assert (meta["Version"], meta["License-Expression"]) == (april_nb.__version__, "Apache-2.0")
-    assert "april = april_nb.cli:main" in said["entry_points.txt"]
+    assert "april = april_nb.__main__:main" in said["entry_points.txt"]
     assert {name_of(r) for r in meta.get_all("Requires-Dist") if "extra ==" not in r} == {name_of(r) for r in PROJECT["dependencies"]}
 
 
@@ -53,6 +56,44 @@ def test_what_the_package_imports_is_declared_and_nothing_else():
             if isinstance(node, ast.ImportFrom) and not node.level: imported.add(node.module.split(".")[0])
     needed = {NAMES.get(name, name) for name in imported - sys.stdlib_module_names - {"april_nb"}}
     assert declared <= needed <= declared | extras
+
+
+def test_development_is_a_dependency_group_and_no_extra():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert "pytest" in groups["dev"] and "dev" not in PROJECT["optional-dependencies"]
+    assert "--group dev" in (ROOT / "Makefile").read_text()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, wheel):
+    """An environment that holds the wheel, and reaches this one's libraries; the repository is not on its path."""
+    home = tmp_path_factory.mktemp("empty")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    bin = home / ("Scripts" if os.name == "nt" else "bin")
+    subprocess.run([sys.executable, "-m", "pip", "--python", bin / "python", "install", "-q", "--no-deps", "--no-index",
+                    "--disable-pip-version-check", wheel.filename], check=True)
+    here = sysconfig.get_path("purelib", vars={"base": str(home)})
+    (Path(here) / "libraries.pth").write_text(sysconfig.get_path("purelib"))   # a path, whose own .pth files are not read
+    return home, bin
+
+
+SNIPPET = """
+import pathlib, torch, april_nb
+from april_nb import attack, client_update
+from april_nb.vit import vit
+model, x, y = vit("vit_mnist", "B"), torch.rand(1, 1, 28, 28), torch.tensor([3])
+answer = attack(model, client_update(model, x, y))
+print(pathlib.Path(april_nb.__file__).parent, answer.method, (answer.images - x).abs().max().item() < 1e-4)
+"""
+
+
+def test_the_wheel_works_outside_the_repository(installed, tmp_path):
+    home, bin = installed
+    run = subprocess.run([bin / "python", "-c", SNIPPET], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    where, method, right = run.stdout.split()
+    assert Path(where).is_relative_to(home) and (method, right) == ("patch", "True")
+    assert subprocess.run([bin / "april", "--version"], cwd=tmp_path, capture_output=True, text=True).stdout == f"april_nb {april_nb.__version__}\n"
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path, monkeypatch):
