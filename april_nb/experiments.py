@@ -252,7 +252,8 @@ def figure2_arms(preset):
         steps = {"quick": 20, "paper": 30 if dataset == "photos" else None}[preset]
         n = {"quick": 0, "paper": 1} if dataset == "photos" else {"quick": 1, "paper": 8}
         for method, lr in RATES_A.items(): yield Arm(dataset, "A", method, steps=steps, attack={"lr": lr}), n[preset]
-        if dataset in SMALL: yield Arm(dataset, "A", "april", steps=steps, attack=BY_LBFGS), n[preset]
+        if dataset in SMALL:
+            for method in PUBLISHED: yield Arm(dataset, "A", method, steps=steps, attack=BY_LBFGS), n[preset]
 
 def figure3_arms(preset):
     """Figure 3: the guesses of four attacks along the way, CIFAR-10 on architecture B."""
@@ -264,9 +265,9 @@ def figure4_arms(preset):
     """Figure 4: batches, with labels known and restored, by Adam and by L-BFGS; CIFAR-10 on architecture B."""
     steps = {"quick": 20, "paper": None}[preset]
     for batch in (2, 4, 8):
-        n = {"quick": batch, "paper": 8}[preset]
-        for labels in ("known", "restored"):
-            yield Arm("cifar10", "B", "april", labels=labels, batch=batch, steps=steps), n
+        few, n = {"quick": (batch, batch), "paper": (8, 8 * batch)}[preset]
+        yield Arm("cifar10", "B", "april", labels="known", batch=batch, steps=steps), few
+        yield Arm("cifar10", "B", "april", labels="restored", batch=batch, steps=steps), n
         yield Arm("cifar10", "B", "dlg", labels="restored", batch=batch, steps=steps, attack=BY_LBFGS), n
 
 def batch_arms(preset):
@@ -386,14 +387,17 @@ def sensitivity_arms(preset):
     for method in PUBLISHED: yield Arm("cifar10", "B", method, init="timm", steps=steps), n
 
 def tuning_arms(preset):
-    """What learning rate and weights do on architecture B, and the learning rate on A; CIFAR-10 (chapter 14)."""
+    """What learning rate and weights do on architecture B, and the learning rate on A (chapters 14 and 15)."""
     steps, n = {"quick": (20, 2), "paper": (None, 4)}[preset]
     for method, changes in [
             ("april", [{"position": alpha} for alpha in (0.1, 1.0, 10.0, 100.0)]),
-            ("ig", [{"tv": tv} for tv in (0.0, 1e-6, 1e-5, 1e-4)] + [{"lr": 0.3}]),
-            ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)] + [{"lr": 1.0}]),
-            ("dlg", [{"lr": lr} for lr in (0.3, 1.0, 2.0)])]:
+            ("ig", [{"tv": tv} for tv in (0.0, 1e-6, 1e-5, 1e-4)]),
+            ("tag", [{"l1": weight} for weight in (0.01, 0.1, 1.0)])]:
         for change in changes: yield Arm("cifar10", "B", method, steps=steps, attack=change, last=True), n
+    for dataset in SMALL:
+        for method in PUBLISHED:
+            for lr in (0.1, 0.3, 1.0, 2.0):
+                yield Arm(dataset, "B", method, steps=steps, attack={"lr": lr}, last=True), n
     for method in PUBLISHED:
         for lr in (0.03, 0.1, 0.3):
             yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
@@ -532,7 +536,9 @@ def position_trainings(preset):
 def noise_trainings(preset):
     """What noise costs in accuracy (chapter 18)."""
     some = {"quick": dict(images=200, steps=4, batch=20, every=2), "paper": {}}[preset]
-    for z in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0): yield PrivateTraining("mnist", z, **some), {"quick": 1, "paper": 2}[preset]
+    rates = {0.0: (2.0,), 0.5: (2.0,), 1.0: (2.0,), 2.0: (1.0, 2.0), 4.0: (0.5, 1.0, 2.0), 8.0: (0.25, 0.5, 2.0)}
+    for z, lrs in rates.items():
+        for lr in lrs: yield PrivateTraining("mnist", z, lr=lr, **some), {"quick": 1, "paper": 2}[preset]
 
 # %% ../nbs/91_experiments.ipynb #8e04439f
 TRAININGS = {"positions": position_trainings, "sgd-noise": noise_trainings}
