@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COLUMNS', 'KEY', 'TRAINING', 'PRIVATE', 'TIMING', 'KEYS', 'NUMBERS', 'LEASE', 'TYPES', 'PAUSE', 'preset',
            'size', 'device', 'name_of', 'read_rows', 'select', 'values', 'group', 'Work', 'lives', 'Store', 'add_rows',
-           'compute', 'Executor', 'in_process', 'in_processes', 'follow_driver', 'on_ray', 'carry_out']
+           'compute', 'Executor', 'in_process', 'uninterrupted', 'in_processes', 'follow_driver', 'on_ray', 'carry_out']
 
 # %% ../nbs/91_runner.ipynb #79f7194a
 #| code-fold: true
@@ -323,6 +323,24 @@ def in_process(
 
 # %% ../nbs/91_runner.ipynb #70f81d7f
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of a block; processes that it starts do not hear of it at all.
+
+    Blocking the signal is not enough: another thread may take it, and the main one is interrupted all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    missed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: missed.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # which a process inherits
+    try: yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if missed: signal.raise_signal(signal.SIGINT)
+
+@contextmanager
 def in_processes(
     jobs: int,            # how many
     where: torch.device,  # to compute on
@@ -337,9 +355,7 @@ def in_processes(
     others = set(active_children())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), follow_driver)
     def submit(work):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try: return pool.submit(compute, work, where)
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with uninterrupted(): return pool.submit(compute, work, where)
     try:
         yield Executor(submit, lambda: jobs)
         pool.shutdown()

@@ -82,7 +82,7 @@ def separate(
 ) -> list[Reconstruction]:         # one for each victim: B images, with labels and history
     """The images of batches whose position gradient is withheld: gradient matching in the family's coordinates.
 
-    The distance of a tensor's gradient is relative to its norm, as in `april_nb.subspace.refine`. `watch` is told,
+    The distance of a tensor's gradient is relative to its norm, as in `april_nb.refinement.refine`. `watch` is told,
     and `seconds` are counted, as in `april_nb.optimization.match`, which does the search.
 
     Raises

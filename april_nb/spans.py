@@ -646,7 +646,7 @@ def first_mlp(
     if mlp is None or suspect.view.out is None: return None
     model, blank = suspect.listeners[torch.float64].model, suspect.image(torch.zeros(suspect.shape).to(suspect.family.h))
     φ = activation(model, *[span.names[0].removesuffix(".weight") for span in mlp], blank)
-    return φ and (mlp, φ)
+    return None if φ is None else (mlp, φ)
 
 def places_of(
     suspect: Suspect,  # of an update

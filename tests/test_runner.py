@@ -123,11 +123,14 @@ def test_a_driver_killed_in_mid_run_loses_nothing_and_leaves_nothing_running(tmp
 def test_ctrl_c_on_workers_is_one_line_and_ends_them(tmp_path):
     driver = april("table1", "--dataset", "mnist", "--n", 25, "--steps", 400, "--jobs", 2, "--device", "cpu", "--results", tmp_path,
                    start_new_session=True)
-    wait_for(lambda: driver.poll() is None and len(children(driver.pid)) >= 3)   # two workers and Python's tracker
-    time.sleep(1)
-    workers = children(driver.pid)
-    os.killpg(driver.pid, signal.SIGINT)   # as a terminal does
-    _, errors = driver.communicate(timeout=60)
+    try:
+        wait_for(lambda: driver.poll() is None and len(children(driver.pid)) >= 3)   # two workers and Python's tracker
+        time.sleep(1)
+        workers = children(driver.pid)
+        os.killpg(driver.pid, signal.SIGINT)   # as a terminal does
+        _, errors = driver.communicate(timeout=60)
+    finally:
+        if driver.poll() is None: os.killpg(driver.pid, signal.SIGKILL)
     assert driver.returncode == 130 and errors.count("\n") == 1 and errors.startswith("april: interrupted"), errors
     wait_for(lambda: all(map(ended, workers)))
 
