@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import __version__
 from .attacks import ATTACKS
 from .data import FORMATS, Format, Images, load, sample
-from .defenses import defense, noise_generator
+from .defenses import compose, noise_generator
 from .federated import AprilError, Update, client_update
 from .metrics import scores
 from .optimization import PUBLISHED, Settings, paper_settings
@@ -134,9 +134,7 @@ def all_of(found, truth):
 
 def defended(arm, server, update, seed):
     """The update after the arm's defences; a client draws its noise from one generator."""
-    generator = noise_generator(seed)
-    for spec in arm.defense: update = defense(spec, view(server), generator)(update)
-    return update
+    return compose(arm.defense, view(server), noise_generator(seed))(update)
 
 def batches(ids, size):
     """Consecutive groups of `size`."""

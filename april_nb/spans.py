@@ -986,7 +986,7 @@ class Peeling:
         for find in self.finds: self.take_off(find.image, find.label)
 
 # %% ../nbs/23_spans.ipynb #a771940b
-SHARP = 3e-5   # foretold errors above it are worth a step on the update itself
+SHARP = 1e-5   # foretold errors above it are worth a step on the update itself
 
 def by_rows_and_columns(
     g: Tensor,  # of one parameter
