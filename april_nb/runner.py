@@ -323,7 +323,7 @@ def in_process(
 
 # %% ../nbs/91_runner.ipynb #70f81d7f
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:  # while the block lasts
     """Holds Ctrl-C back until the end of a block; processes that it starts do not hear of it at all.
 
     Blocking the signal is not enough: another thread may take it, and the main one is interrupted all the same.

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import april_nb
-from april_nb import cli, experiments
+from april_nb import cli, experiments, runner
 from april_nb.attacks import ATTACKS
 
 APRIL = Path(sys.executable).parent / "april"
@@ -341,7 +341,7 @@ def test_the_module_runs_as_the_command():
 
 
 def test_fixed_choices_are_those_of_the_functions_behind_them():
-    assert get_args(cli.Size) == experiments.PRESETS
+    assert get_args(cli.Size) == runner.PRESETS
 
 
 def test_help_names_every_option_and_what_the_tables_hold():
