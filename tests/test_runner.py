@@ -121,8 +121,9 @@ def test_a_driver_killed_in_mid_run_loses_nothing_and_leaves_nothing_running(tmp
 
 
 def test_ctrl_c_on_workers_is_one_line_and_ends_them(tmp_path):
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # a shell lets its background jobs ignore interruptions
     driver = april("table1", "--dataset", "mnist", "--n", 25, "--steps", 400, "--jobs", 2, "--device", "cpu", "--results", tmp_path,
-                   start_new_session=True)
+                   start_new_session=True, preexec_fn=heard)
     try:
         wait_for(lambda: driver.poll() is None and len(children(driver.pid)) >= 3)   # two workers and Python's tracker
         time.sleep(1)
