@@ -220,9 +220,9 @@ class Suspect:
 
     def picture(
         self,
-        X: Tensor,  # patches, shape (1, P, D)
-    ) -> Tensor:    # shape (1, channels, H, W)
-        """An image of patches."""
+        X: Tensor,  # patches, shape (n, P, D)
+    ) -> Tensor:    # shape (n, channels, H, W)
+        """Images of patches."""
         return from_patches(X, self.view.patch, *self.view.image_shape[1:])
 
     def inputs(
@@ -1011,7 +1011,7 @@ def together(
     L = torch.linalg.cholesky(torch.stack([find.curvature for find in peeling.finds]))
     nearly = lambda g: torch.cholesky_solve(g.double().view(len(L), -1, 1), L).flatten().to(g)
     servers = {dtype: differentiable(peeling.model, dtype) for dtype in (torch.float64, torch.float32)}
-    picture = lambda c: from_patches(whole.family.patches(c), v.patch, *v.image_shape[1:])
+    picture = lambda c: whole.picture(whole.family.patches(c))
     def left(c):
         server = servers[c.dtype]
         loss = lambda weights: F.cross_entropy(functional_call(server, weights, (picture(c),)), y)
