@@ -281,17 +281,22 @@ def span_arms(preset):
     """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
     kinds = {"quick": [("torch", 2, "pair", 1)],
              "paper": [("torch", 2, "pair", 10), ("timm", 2, "pair", 10), ("torch", 4, "random", 10),
-                       ("timm", 4, "random", 10), ("torch", 8, "random", 10), ("timm", 8, "random", 10)]}[preset]
+                       ("timm", 4, "random", 10), ("torch", 8, "random", 10), ("timm", 8, "random", 10),
+                       ("torch", 9, "random", 3), ("torch", 10, "random", 3), ("torch", 11, "random", 3)]}[preset]
     common = dict(restarts=10, know="withheld")
     for init, batch, classes, n in kinds:
         yield Arm("cifar10", "B", "spans", init=init, batch=batch, classes=classes, **common), n * batch
-    for dataset, init, epochs in [("cifar10", "timm", 5), ("cifar10", "timm", 20), ("cifar10", "timm", 40),
-                                  ("cifar10", "torch", 40), ("mnist", "torch", 12), ("mnist", "timm", 12)]:
-        yield (Arm(dataset, "B", "spans", init=init, batch=2, classes="pair", epochs=epochs, **common),
-               {"quick": 0, "paper": 20}[preset])
-    for dataset, classes, n in [("photos", "distinct", 4), ("imagenet", "random", 20)]:   # a ViT-B/32 at 224 × 224
-        large = Arm(dataset, "B", "spans", batch=4, classes=classes, model={"patch": 32}, **common)
-        yield large, {"quick": 0, "paper": n}[preset]
+    pair, pairs = dict(batch=2, classes="pair", **common), {"quick": 0, "paper": 20}[preset]
+    for epochs in (1, 5, 20, 40):   # how far training changes what the search meets
+        for init in ("torch", "timm"): yield Arm("cifar10", "B", "spans", init=init, epochs=epochs, **pair), pairs
+    for init in ("torch", "timm"): yield Arm("mnist", "B", "spans", init=init, epochs=12, **pair), pairs
+    for dtype in ("bfloat16", "float16"): yield Arm("cifar10", "B", "spans", dtype=dtype, **pair), pairs // 2
+    for noise in ("0.0001", "0.001"):
+        yield Arm("cifar10", "B", "spans", defense=(f"gaussian:{noise}*rms",), **pair), pairs // 2
+    for dataset, batch, classes, n in [("photos", 4, "distinct", 1), ("imagenet", 4, "random", 5),
+                                       ("imagenet", 8, "random", 5)]:   # a ViT-B/32 at 224 × 224
+        large = Arm(dataset, "B", "spans", batch=batch, classes=classes, model={"patch": 32}, **common)
+        yield large, {"quick": 0, "paper": n * batch}[preset]
     hidden = ("withhold:positions", "withhold:patch")
     yield Arm("photos", "B", "spans", restarts=2, defense=hidden), {"quick": 0, "paper": 1}[preset]   # ViT-B/16
 

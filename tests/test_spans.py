@@ -270,7 +270,7 @@ def tokens_of(model, x, update):
         own = X @ v.weight(v.patch_weight).mT + v.offsets()
         o = v.attended(torch.cat([v.known_tokens(), own]))[-4:]
         none = torch.zeros(4, dtype=torch.double)
-        found.append(Tokens(torch.arange(4), torch.zeros(4, places.unknowns, dtype=torch.double), X, own, o, none))
+        found.append(Tokens(torch.arange(4), torch.zeros(4, places.unknowns, dtype=torch.double), X, own, o, none, none))
     return suspect, places, found
 
 
@@ -282,7 +282,7 @@ def test_a_token_of_the_batch_solves_the_equations_of_its_place_and_a_mixture_do
     known = [places.recalled(tokens, 0) for tokens in found]
     assert all(len(tokens.x) == 4 and tokens.fit.max() < 1e-4 for tokens in known)
     mixed = sum(tokens.u for tokens in known) / 3
-    assert places.outside(places.activations(torch.arange(4), mixed, False)[0]).norm(dim=1).min() > 1e-2
+    assert places.outside(places.activations(torch.arange(4), mixed)[0]).norm(dim=1).min() > 1e-2
 
 
 def test_the_slopes_of_the_activations_are_those_of_differences():
@@ -291,9 +291,9 @@ def test_the_slopes_of_the_activations_are_those_of_differences():
     places = places_of(Suspect(model, update), update)
     g = torch.Generator().manual_seed(0)
     t, u, d = torch.arange(4), *torch.randn(2, 4, places.unknowns, generator=g, dtype=torch.double)
-    h = lambda u: places.activations(t, u, False)[0]
+    h = lambda u: places.activations(t, u)[0]
     by_difference = (h(u + 1e-5 * d) - h(u - 1e-5 * d)) / 2e-5
-    by_slope = (places.activations(t, u)[1].double() @ d[..., None])[..., 0]
+    by_slope = (places.activations(t, u, places.free)[1].double() @ d[..., None])[..., 0]
     assert (by_slope - by_difference).norm() < 1e-5 * by_difference.norm()
 
 
