@@ -355,7 +355,7 @@ def figure8_arms(preset):
                 yield Arm(dataset, arch, method, steps=steps, marks=marks, know=know), n
 
 def price_arms(preset):
-    """The closed form on updates that keep a promise of ε from 1 to 10¹⁵ at δ = 10⁻⁵ (chapter 18)."""
+    """The closed form on updates that keep a promise of ε from 1 to 10¹⁵ at δ = 10⁻⁵ (chapter 34)."""
     n, every = {"quick": (1, 5), "paper": (20, 1)}[preset]
     for ε in (10.0 ** e for e in range(0, 16, every)):
         for S in (10, 100, 1000):
@@ -372,7 +372,7 @@ def patch_arms(preset):
                 yield Arm(dataset, arch, "patch", init=init), {"quick": 2, "paper": n}[preset]
 
 def subspace_arms(preset):
-    """Theorem 4 without a position gradient, and the search behind it, on images that no choice saw (chapter 21)."""
+    """Theorem 4 without a position gradient, and the search behind it, on images that no choice saw (chapter 36)."""
     n, large, steps, marks = {"quick": (1, 0, 4, (0, 2)), "paper": (20, 1, 300, (0, 10, 50, 100, 200))}[preset]
     for positions in ("normal", "sincos1d", "sincos2d"):
         for dtype in ("float64", "float32"):
@@ -537,7 +537,7 @@ def position_trainings(preset):
     for kind in POSITIONS: yield Training("mnist", "B", kind, images, epochs), seeds
 
 def noise_trainings(preset):
-    """What noise costs in accuracy (chapter 18)."""
+    """What noise costs in accuracy (chapter 35)."""
     some = {"quick": dict(images=200, steps=4, batch=20, every=2), "paper": {}}[preset]
     rates = {0.0: (2.0,), 0.5: (2.0,), 1.0: (2.0,), 2.0: (1.0, 2.0), 4.0: (0.5, 1.0, 2.0), 8.0: (0.25, 0.5, 2.0)}
     for z, lrs in rates.items():
