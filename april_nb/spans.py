@@ -1044,8 +1044,9 @@ class Peeling:
     ) -> None:
         """Polishes and labels an image, and takes its share off what is left, if it is one of the batch."""
         image, fit, *certified = polish(self.whole, image)
-        label = lambda scale: label_of(suspect, self.server, self.rest, image, self.update, classes, scale)
-        if (known := label(self.scale) or (None if self.finds else label(None))) is None: return
+        fits = lambda scale: label_of(suspect, self.server, self.rest, image, self.update, classes, scale)
+        known = fits(self.scale) or (None if self.finds else fits(None))
+        if known is None: return
         label, self.scale = known
         self.finds.append(Find(image, label, fit, *certified))
         self.take_off(image, label)
