@@ -358,3 +358,9 @@ def test_the_checklist_freezes_the_entrance_of_any_librarys_model(library):
     assert verdicts(before)["patch"] == "exact" and all(verdicts(after)[name] == "not-applicable" for name in reading)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and not set(trained) & scope["entrance"] and verdicts(after)["dlg"] == "not-converged"
+
+
+@pytest.mark.parametrize("seconds, words", [(3.0, "3 s"), (119, "119 s"), (5442, "91 minutes"), (40_000, "11 hours"), (653_008, "8 days")])
+def test_a_report_says_how_long_a_search_takes_in_the_unit_that_one_plans_in(seconds, words):
+    report = audit(timm_vit(), PHOTO, LABEL, normalisation=NORMALISATION, budget=0).as_dict() | {"needs": seconds}
+    assert f"about {words} more would end" in text(report)
