@@ -1,6 +1,7 @@
 """The package as an importer meets it: names and modules without a line of set-up, loaded when they are used."""
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_a_function_is_a_function_whatever_was_imported_first(first):
     run = python(f"import april_nb, inspect; {first}; assert inspect.isfunction(april_nb.audit); from april_nb.audit import audit, text; "
                  "assert audit is april_nb.audit and list(inspect.signature(audit).parameters)[:3] == ['model', 'images', 'labels']")
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_page_of_the_api_lists_the_names_that_need_no_modules():
+    page = (Path(__file__).parent.parent / "back" / "api.md").read_text().partition("need no module's name: ")[2].partition("\n")[0]
+    assert {*re.findall(r"`(\w+)`", page)} == {name for name in april_nb.__all__ if not inspect.ismodule(getattr(april_nb, name))}
 
 
 def test_every_name_says_what_it_is():
