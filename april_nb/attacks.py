@@ -10,14 +10,14 @@ __all__ = ['ATTACKS', 'FOREIGN', 'quiet', 'Terms', 'Attack', 'listed', 'obstacle
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from .certificate import Reconstruction
 from .closed_form import closed_form
-from .federated import AprilError, InvalidUpdate, MissingGradient, Update
+from .federated import AprilError, InvalidUpdate, MissingGradient, Update, about_labels, require
 from .labels import restore_labels
 from .linear import NotRecoverable
 from .optimization import Settings, match, paper_settings
@@ -150,7 +150,7 @@ def obstacle(
         lost = [n for n in named[part] if n not in update.gradients]
         if part == "positions" and lost and not view.learns_positions: return "fixed positions have no gradient to send"
         if lost and part not in attack.spares: return f"the gradient of {lost[0]!r} was not sent"
-    if attack.labels and view.head_weight is None: return view.no_classifier
+    if (attack.labels or attack.searches) and view.head_weight is None: return view.no_classifier
     if attack.labels and view.head_weight not in update.gradients: return "the classifier's gradient was not sent"
     if attack.searches and not few <= update.examples <= many:
         return f"for {'one image' if many == 1 else f'{few} images or more'}, and the update holds {update.examples}"
@@ -206,11 +206,13 @@ def check_update(
     Raises
     ------
     InvalidUpdate
-        If a name or a shape is not the model's, if the update is the weights themselves, or if it is the
-        negative of a gradient.
+        If it is no `Update`, if a name or a shape is not the model's, if the update is the weights themselves,
+        or if it is the negative of a gradient.
     AprilError
         If the model's weights are not finite.
     """
+    require([(isinstance(update, Update), f"the update is of type {type(update).__name__}: Update(gradients) makes one of "
+              "gradients by parameter name")])
     v = view(model)
     check_weights(model)
     refuse_strangers(v, update)
@@ -232,6 +234,13 @@ def check_update(
     return tuple(remarks)
 
 # %% ../nbs/24_attacks.ipynb #9b002e38
+NEARLY = 0.9   # of its unknowns: a system that determines as many leaves a picture worth looking at
+
+def determined(answer):
+    """The share of its unknowns that the weakest of an answer's systems determines."""
+    return min((s.rank / s.expected_rank for s in answer.systems), default=0.0)
+
+# %% ../nbs/24_attacks.ipynb #baa3b46e
 def best_attack(
     model: nn.Module,  # the server's model
     update: Update,    # what the client sent
@@ -257,12 +266,28 @@ def best_attack(
         return name, "of the closed forms with a unique answer the one that foretells the least error"
     nothing = next((n for n, a in found.items() if a.verdict == "nothing-leaks"), None)
     if nothing: return nothing, found[nothing].reason
-    for name, attack in ATTACKS.items():
-        if attack.searches and not why[name]: return name, "no closed form has a unique answer: the first search that can start"
-    if found: return next(iter(found)), "no attack has a unique answer, and no search can start"
-    raise NotApplicable("; ".join(dict.fromkeys(why.values())))
+    search = next((n for n, attack in ATTACKS.items() if attack.searches and not why[n]), None)
+    closest = max(found, key=lambda n: determined(found[n]), default=None)
+    if search is None and closest is None: raise NotApplicable("; ".join(dict.fromkeys(why.values())))
+    if search is None: return closest, "no attack has a unique answer, and no search can start"
+    near = [n for n, a in found.items() if update.examples == 1 and NEARLY <= determined(a) < 1
+            and not set(ATTACKS[n].reads) <= set(ATTACKS[search].reads)]
+    if near: return near[0], "no closed form has a unique answer: one whose system lacks few of its unknowns"
+    return search, "no closed form has a unique answer: the first search that can start"
 
 # %% ../nbs/24_attacks.ipynb #2a2f36d3
+def about_request(view, update, method, labels, terms):
+    """What a method, labels and further terms must be."""
+    yield method in (None, *ATTACKS), f"unknown method {method!r}: choose from {', '.join(ATTACKS)}"
+    known = [field.name for field in fields(Terms) if field.name != "labels"]
+    for name in terms: yield name in known, f"unknown term {name!r}: choose from {', '.join(known)}"
+    if labels is None: return
+    one = next(iter(update.gradients.values()))
+    yield from about_labels(labels, one.new_empty(update.examples))
+    classes = math.inf if view.head_weight is None else len(view.weight(view.head_weight))
+    yield labels.max() < classes, f"label {labels.max()} is out of range: the model's classes are 0 to {classes - 1}"
+
+# %% ../nbs/24_attacks.ipynb #56a5e0e5
 def attack(
     model: nn.Module,  # the server's model, of any family that has a view
     update: Update,    # what the client sent
@@ -276,14 +301,16 @@ def attack(
     Raises
     ------
     NotApplicable
-        If there is no view for the model, or no attack of the list can start.
+        If there is no view for the model, no attack of the list can start, or the one named does not apply.
     InvalidUpdate
-        If the update belongs to another model.
+        If it is no `Update`, or belongs to another model.
+    MissingGradient, NotRecoverable
+        If the method named lacks a gradient, or all that it reads are zero.
     AprilError
-        If no attack has the name given.
+        If no attack has the name given, no term is called so, or labels are not one class for each image.
     """
-    if method not in (None, *ATTACKS): raise AprilError(f"unknown method {method!r}: choose from {', '.join(ATTACKS)}")
     for remark in check_update(model, update): warnings.warn(remark, stacklevel=2)
+    require(about_request(view(model), update, method, labels, terms), AprilError)
     method = method or best_attack(model, update)[0]
     answer, = ATTACKS[method](model, [update], labels=None if labels is None else labels[None], **terms)
     return replace(answer, method=method)

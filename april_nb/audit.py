@@ -325,13 +325,19 @@ def view_said(report):
     return [f"{c['name']} as the model computes it, relative error {c['error']:.0e}" for c in report["view"]
             if c["error"] is not None]
 
+def in_words(seconds):
+    """A time in the unit that one plans in."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60}
+    unit, size = next(((unit, size) for unit, size in units.items() if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.0f} {unit}"
+
 def time_bought(report):
     """What the budget bought, and what would be needed to end every search."""
     steps = sum(a["steps"] for a in report["attacks"])
     left = [a["name"] for a in report["attacks"] if not a["ended"]]
     line = f"budget: {report['budget']:g} s for all searches, here {steps} steps of them"
     if left: line += f"; {', '.join(left)} did not end"
-    if report["needs"]: line += f"; about {report['needs']:.0f} s more would end those that decide a cure (--budget)"
+    if report["needs"]: line += f"; about {in_words(report['needs'])} more would end those that decide a cure (--budget)"
     return line
 
 def promise(cure):

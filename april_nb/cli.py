@@ -153,8 +153,8 @@ def classes_of(model):
 @app.command(cls=Command)
 def attack(
     images: Annotated[list[Path] | None, typer.Argument(
-        metavar="IMAGE", help="image files; several are one client's batch "
-                              "(default: without --update, a photo bundled with scikit-image)",
+        metavar="IMAGE...", help="image files; several are one client's batch "
+                                 "(default: without --update, a photo bundled with scikit-image)",
         show_default=False)] = None,
     model: Annotated[str, typer.Option(metavar="LIBRARY:NAME", help=A_MODEL, rich_help_panel=MODEL)] = "vit_b_16",
     weights: WEIGHTS = None,
@@ -427,11 +427,12 @@ def show(
 @app.command("audit", cls=Command)
 def audit_command(
     images: Annotated[list[Path] | None, typer.Argument(
-        metavar="IMAGE", help="image files of one client, for playing its update or for scoring what comes back "
-                              "(default: without --update, a photo bundled with scikit-image)",
+        metavar="IMAGE...", help="image files of one client, for playing its update or for scoring what comes back "
+                                 "(default: without --update, a photo bundled with scikit-image)",
         show_default=False)] = None,
     model: Annotated[str, typer.Option(
-        metavar="LIBRARY:NAME", help=A_MODEL, rich_help_panel=MODEL)] = "torchvision:vit_b_16",
+        metavar="LIBRARY:NAME", help=A_MODEL + ", in architecture B with timm's initialisation",
+        rich_help_panel=MODEL)] = "torchvision:vit_b_16",
     weights: WEIGHTS = None,
     pretrained: PRETRAINED = False,
     update: UPDATE = None,
@@ -530,7 +531,8 @@ def show_trainings(rows, path):
 @app.command("bench", cls=Command)
 def bench_command(
     what: Annotated[Literal["engine", "attacks", "jobs"], typer.Argument(
-        help="the matching engine; every kind of attack; the runner on two processes")] = "engine",
+        metavar="WHAT", help="engine, the matching engine; attacks, every kind of attack; "
+                             "jobs, the runner on two processes")] = "engine",
     model: Annotated[str, typer.Option(
         metavar="NAME", help="one of the book's models: {vit.PRESETS}",
         autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",

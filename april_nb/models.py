@@ -9,6 +9,7 @@ __all__ = ['BUILDERS', 'OURS', 'LIBRARIES', 'normalisation_of', 'Named', 'named_
 #| code-fold: true
 import difflib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,21 +63,27 @@ LIBRARIES = (OURS, *BUILDERS)   # what may stand before the colon
 def built(library, name, pretrained):
     """A library's model; what goes wrong is one line."""
     spec = f"{library}:{name}"
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)   # without a network, libraries tell of each of their retries
     try: return BUILDERS[library](name, pretrained)
     except ImportError as error:
-        raise AprilError(f"{spec} needs a package that is not installed: pip install 'april_nb[{library}]'") from error
+        raise AprilError(f"{spec} needs a package that is not installed: pip install '.[{library}]' in a copy of this "
+                         "package's folder") from error
     except OSError as error:
         else_ = ("without a network, fetch a safetensors file elsewhere and load it by its path (--weights)" if pretrained
                  else "without a network, give the path of a folder with its config.json")
         raise AprilError(f"cannot fetch {spec}: no connection, or no such model; {else_}") from error
     except (ValueError, RuntimeError) as error:
         raise AprilError(f"{library} has no model {name!r}: {' '.join(str(error).split())}") from error
+    finally: logging.disable(before)
 
 def load(model, path):
     """Loads weights by parameter name from a safetensors file, whatever wrappers its names carry."""
     try: tensors = {plain_name(name): t for name, t in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise AprilError(f"cannot load weights from {path}: {' '.join(str(error).split())}") from error
+    except OSError as error: raise AprilError(f"cannot load weights from {path}: {' '.join(str(error).split())}") from error
+    except SafetensorError as error:
+        raise AprilError(f"cannot load weights from {path}: it is no safetensors file; "
+                         "safetensors.torch.save_file(model.state_dict(), path) writes one") from error
     own, first = model.state_dict(), lambda names: f"{sorted(names)[0]!r} and {len(names) - 1} more"
     if missing := own.keys() - tensors: raise AprilError(f"the weights in {path} are not this model's: it lacks {first(missing)}")
     if more := tensors.keys() - own: raise AprilError(f"the weights in {path} are not this model's: it holds {first(more)}")

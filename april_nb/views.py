@@ -603,7 +603,8 @@ def named_parts(
 def check_view(
     model: nn.Module,  # wrapped or not
 ) -> tuple[Check, ...]:  # one for each claim
-    """Holds the names of a model's parts against one forward pass: the stream, the first q, k, v, the classifier.
+    """Holds the names of a model's parts against one forward pass: the stream, the first q, k, v, the attention, the
+    classifier.
 
     Raises
     ------

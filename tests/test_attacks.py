@@ -110,6 +110,27 @@ def test_the_best_attack_is_the_closed_form_that_foretells_least_error_else_a_se
     with pytest.raises(NotApplicable): best_attack(server, Update({"norm.weight": update["norm.weight"]}))
 
 
+def test_a_closed_form_that_lacks_few_unknowns_goes_before_a_search_that_knows_less():
+    patches, narrow = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), dict(patch=2, image_size=32)
+    for width, first in ((240, "patch"), (200, "spans")):   # 240 and 200 equations for 256 patches
+        model = vit("vit_cifar", "B", **narrow, width=width, heads=4, depth=2)
+        sent = client_update(model, FORMAT.normalisation(patches).float(), torch.tensor([3]))
+        assert best_attack(model, sent)[0] == first
+        assert best_attack(model, withhold(sent, ["positions"]))[0] == "spans"
+        pair = client_update(model, FORMAT.normalisation(patches).float().expand(2, -1, -1, -1), torch.tensor([3, 5]))
+        assert best_attack(model, pair)[0] == "spans"
+    for sincos in ("sincos1d", "sincos2d"):   # a search that begins where Theorem 4 ends goes before its candidate
+        model = vit("vit_cifar", "B", positions=sincos)
+        assert best_attack(model, client_update(model, X[:1], torch.tensor([3])))[0] == "spans"
+
+
+def test_no_search_starts_without_a_classifier():
+    headless = pytest.importorskip("timm").models.VisionTransformer(32, 8, num_classes=0, embed_dim=16, depth=1, num_heads=2)
+    headless(torch.rand(1, 3, 32, 32)).square().sum().backward()
+    sent = Update.from_gradients(headless)
+    for name, a in ATTACKS.items(): assert ("no classifier" in obstacle(a, view(headless), sent)) == a.searches, name
+
+
 def test_an_honest_update_raises_no_remark(server, update):
     for u in (update, client_update(server, X, torch.tensor([3, 5])), client_update(server, X[:1], torch.tensor([3]), local_steps=3),
               client_update(server, X[:1], torch.tensor([3]), dtype=torch.bfloat16), withhold(update, ["positions"])):

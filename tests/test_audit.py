@@ -14,7 +14,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from april_nb.attacks import ATTACKS
 from april_nb.audit import DRAWS, MECHANISMS, STOPPED, audit, clipped_noise, page, text
 from april_nb.data import FORMATS, photos
-from april_nb.defenses import compose, defense, noise_generator
+from april_nb.defenses import compose, defense, noise_generator, parts
 from april_nb.federated import AprilError, Update, client_update
 from april_nb.metrics import psnr
 from april_nb.models import named_model
@@ -332,3 +332,35 @@ def test_files_of_a_script_without_this_package_are_audited_from_the_command_lin
 def test_bad_input_is_one_line_and_exit_code_2(arguments):
     out = april("--model", "ours:vit_mnist", *arguments)
     assert out.returncode == 2 and len(out.stderr.strip().splitlines()) == 1, out.stderr
+
+
+def freezing():
+    "The checklist's lines that freeze a model's entrance."
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "38_checklist.ipynb").read_text())["cells"]
+    cell, = (source for c in cells if "entrance =" in (source := "".join(c["source"])))
+    return cell[cell.index("named ="):cell.index("report =")]
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "hf"])
+def test_the_checklist_freezes_the_entrance_of_any_librarys_model(library):
+    hf = pytest.importorskip("transformers")
+    model = {"timm": lambda: timm_vit(reg_tokens=2, no_embed_class=True),
+             "torchvision": lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10),
+             "hf": lambda: hf.ViTForImageClassification(hf.ViTConfig(
+                 image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+                 num_labels=10))}[library]()
+    torch.nn.init.normal_(model.get_parameter(view(model).head_weight), std=0.1)   # torchvision's is zero: nothing would leak
+    before = audit(model, PHOTO, LABEL, normalisation=NORMALISATION, budget=0)
+    exec(freezing(), scope := {"model": model, "view": view, "parts": parts})
+    after = audit(model, PHOTO, LABEL, normalisation=NORMALISATION, budget=0)
+    reading = [name for name, a in ATTACKS.items() if a.reads]
+    verdicts = lambda report: {f.name: f.verdict for f in report.attacks}
+    assert verdicts(before)["patch"] == "exact" and all(verdicts(after)[name] == "not-applicable" for name in reading)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not set(trained) & scope["entrance"] and verdicts(after)["dlg"] == "not-converged"
+
+
+@pytest.mark.parametrize("seconds, words", [(3.0, "3 s"), (119, "119 s"), (5442, "91 minutes"), (40_000, "11 hours"), (653_008, "8 days")])
+def test_a_report_says_how_long_a_search_takes_in_the_unit_that_one_plans_in(seconds, words):
+    report = audit(timm_vit(), PHOTO, LABEL, normalisation=NORMALISATION, budget=0).as_dict() | {"needs": seconds}
+    assert f"about {words} more would end" in text(report)

@@ -58,7 +58,7 @@ def test_what_is_ours_moves_with_the_rows(card, monkeypatch):
 def test_every_n_device_and_time_comes_from_the_rows(card, monkeypatch):
     def twice(path):
         rows = [row | {"device": "abacus"} for row in read_rows(path)]
-        if not {"image_id", "loss"} <= set(rows[0]): return rows + [row | {"seed": row["seed"] + 1000} for row in rows]
+        if not {"image_id", "loss"} <= set(rows[0]): return rows + [row | {"seed": row.get("seed", 0) + 1000} for row in rows]
         return rows + [row | {"image_id": row["image_id"] + 10 ** 6, "loss": row["loss"] + 1e3} for row in rows]
     before, after = card[0], made(monkeypatch, twice)[0]
     for entry, changed in zip(before["CARD"], after["CARD"], strict=True):

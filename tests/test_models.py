@@ -1,5 +1,6 @@
 """Claims about your own model: a hand-written one is registered and proved, a library's goes by name."""
 import json
+import logging
 import sys
 import urllib.error
 from dataclasses import replace
@@ -18,7 +19,7 @@ from april_nb.federated import AprilError, client_update
 from april_nb.labels import restore_labels
 from april_nb.matching import Matcher, plain_shares
 from april_nb.metrics import psnr
-from april_nb.models import LIBRARIES, named_model, normalisation_of
+from april_nb.models import BUILDERS, LIBRARIES, named_model, normalisation_of
 from april_nb.patch import patch_leakage
 from april_nb.subspace import subspace_leakage
 from april_nb.views import NotApplicable, check_view, register_view, view
@@ -252,8 +253,9 @@ def test_weights_that_do_not_fit_are_one_line(damage, says, tmp_path):
 
 def test_a_file_that_holds_no_weights_is_one_line(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x80PK nothing of the kind")
-    for name in ("w.safetensors", "missing.safetensors"):
-        with pytest.raises(AprilError, match=f"cannot load weights from .*{name}") as error:
+    torch.save(vit("vit_cifar", "B").state_dict(), tmp_path / "w.pth")
+    for name, cure in (("w.safetensors", "save_file"), ("w.pth", "save_file"), ("missing.safetensors", "No such file")):
+        with pytest.raises(AprilError, match=f"cannot load weights from .*{name}: .*{cure}") as error:
             named_model("vit_cifar", tmp_path / name)
         assert "\n" not in str(error.value)
 
@@ -283,10 +285,22 @@ def test_pretrained_weights_without_a_network_are_one_line(spec, no_network, tmp
     assert "\n" not in str(error.value)
 
 
+def test_a_library_that_retries_says_so_to_nobody(monkeypatch, caplog):
+    talker = logging.getLogger("huggingface_hub.utils._http")
+    def retrying(name, pretrained):
+        talker.warning("Retrying in 8s")
+        raise OSError("no route")
+    monkeypatch.setitem(BUILDERS, "timm", retrying)
+    with pytest.raises(AprilError, match="cannot fetch timm:vit"): named_model("timm:vit")
+    assert not caplog.records
+    talker.warning("later")
+    assert [r.message for r in caplog.records] == ["later"]
+
+
 @pytest.mark.parametrize("library, package", [("timm", "timm"), ("hf", "transformers")])
 def test_a_missing_library_names_its_extra(library, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(AprilError, match=rf"pip install 'april_nb\[{library}\]'"): named_model(f"{library}:vit")
+    with pytest.raises(AprilError, match=rf"pip install '.\[{library}\]'"): named_model(f"{library}:vit")
 
 
 def test_options_of_our_models_are_for_no_other(tmp_path):

@@ -1,6 +1,7 @@
 """The package as an importer meets it: names and modules without a line of set-up, loaded when they are used."""
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,11 @@ def test_a_function_is_a_function_whatever_was_imported_first(first):
     run = python(f"import april_nb, inspect; {first}; assert inspect.isfunction(april_nb.audit); from april_nb.audit import audit, text; "
                  "assert audit is april_nb.audit and list(inspect.signature(audit).parameters)[:3] == ['model', 'images', 'labels']")
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_page_of_the_api_lists_the_names_that_need_no_modules():
+    page = (Path(__file__).parent.parent / "back" / "api.md").read_text().partition("need no module's name: ")[2].partition("\n")[0]
+    assert {*re.findall(r"`(\w+)`", page)} == {name for name in april_nb.__all__ if not inspect.ismodule(getattr(april_nb, name))}
 
 
 def test_every_name_says_what_it_is():
@@ -83,3 +89,19 @@ def test_attack_refuses_what_it_cannot_run_and_warns_of_what_does_not_fit(round_
     with pytest.raises(april_nb.AprilError, match="unknown method 'magic': choose from closed-form"): attack(model, update, method="magic")
     with pytest.raises(april_nb.federated.InvalidUpdate, match="another model"): attack(vit("vit_mnist", "B", width=192), update)
     with pytest.warns(UserWarning, match="wrong weights"): attack(vit("vit_mnist", "B", seed=3), update)
+
+
+@pytest.mark.parametrize("asked, words", [
+    (dict(step=3), ["unknown term 'step'", "steps"]), (dict(labels=[4]), ["list", "torch.tensor(labels)"]),
+    (dict(labels=torch.tensor(4)), ["()", "shape (B,)"]), (dict(labels=4), ["int", "torch.tensor"]),
+    (dict(labels=torch.tensor([4, 5])), ["1 images but 2 labels"]), (dict(labels=torch.tensor([10])), ["label 10", "0 to 9"])])
+def test_attack_refuses_what_cannot_be_asked_in_one_line(round_of_one, asked, words):
+    model, _, _, update = round_of_one
+    with pytest.raises(april_nb.AprilError) as error: attack(model, update, **asked)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_gradients_that_are_no_update_are_refused(round_of_one):
+    model, _, _, update = round_of_one
+    for call in (lambda: attack(model, dict(update.gradients)), lambda: april_nb.audit(model, update=dict(update.gradients), budget=0)):
+        with pytest.raises(april_nb.federated.InvalidUpdate, match="of type dict: Update"): call()

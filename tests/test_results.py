@@ -1,0 +1,101 @@
+"""The table of results, back/results.md, says what the rows say: numbers that are typed there are computed here."""
+import re
+from pathlib import Path
+
+import pytest
+
+from april_nb.runner import group, read_rows, select, values
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = [line.split(" | ") for line in (ROOT / "back" / "results.md").read_text().splitlines() if line.startswith("|")]
+DATA = ("mnist", "cifar10", "imagenet")
+
+
+def rows(experiment, **columns): return select(read_rows(ROOT / "results" / f"{experiment}.csv"), **columns)
+
+
+def mid(some, column="psnr"): return f"{values(some, column).quantile(0.5).item():.0f}"
+
+
+def least(some): return f"{values(some, 'psnr').min():.0f}"
+
+
+def result(start):
+    """What the one line that begins so gives as the result."""
+    line, = (line for line in LINES if line[0].removeprefix("| ").startswith(start))
+    return line[1]
+
+
+@pytest.mark.parametrize("experiment, columns, line", [
+    ("closed_form", dict(dtype="float32", config="init=timm"), "… with timm's initialisation | "),
+    ("patch", dict(arch="B", config="init=torch"), "Theorem 3 on architecture B"),
+    ("patch", dict(arch="B", config="init=timm"), "… with timm's initialisation (n = 50"),
+    ("patch", dict(arch="A", config="init=torch"), "… on architecture A, 500 images"),
+    ("patch", dict(arch="A", config="init=timm"), "… on architecture A, 500 images")])
+def test_closed_forms_on_three_data_sets(experiment, columns, line):
+    parts = [rows(experiment, dataset=d, **columns) for d in DATA]
+    said = next(" | ".join(c) for c in LINES if " | ".join(c).removeprefix("| ").startswith(line))
+    a, b, c = map(mid, parts)
+    assert f"{a}, {b} and {c} dB" in said
+    if experiment == "patch": assert "lowest {}, {} and {}".format(*map(least, parts)) in said
+
+
+def test_theorem_4():
+    median = lambda **columns: mid(rows("subspace", dataset="cifar10", method="subspace", **columns))
+    assert f"{median(positions='normal', dtype='float64')} / {median(positions='normal', dtype='float32')} dB" in result("Theorem 4, position")
+    searched = rows("subspace", dataset="cifar10", method="refine")
+    assert (f"{median(positions='sincos1d', dtype='float64')} / {median(positions='sincos1d', dtype='float32')} (`not-unique`) / "
+            f"{mid([r for r in searched if r['steps'] == max(s['steps'] for s in searched)])} dB") in result("… one-dimensional")
+
+
+def test_batches_by_matching():
+    restored = rows("fig4", labels="restored")
+    of = lambda size, how: [r for r in restored if f"batch={size} " in r["config"] and how in r["config"]]
+    for how in ("adam", "lbfgs"): assert " / ".join(mid(of(size, how)) for size in (2, 4, 8)) + " dB" in result("Fig. 4")
+    runs = [len(of(size, "adam")) // size for size in (2, 4, 8)]
+    assert "({}, {} and {} attacks)".format(*runs) in next(line[0] for line in LINES if line[0].startswith("| Fig. 4"))
+
+
+def best(spec, positions="learned"):
+    """The median of the attack that reads most from one image behind a defence."""
+    of = lambda r: (re.findall(r"defense=(\S+)", r["config"]) or [""])[0]
+    some = [r for r in rows("defenses", positions=positions) if "batch=" not in r["config"] and of(r) == spec]
+    return max(group(some, "method", "config").values(), key=lambda one: values(one, "psnr").quantile(0.5).item())
+
+
+def test_defences_are_held_against_the_best_attack():
+    noise = ("clip:1", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms", "quantize:8")
+    assert result("Every attack on every defence") == " / ".join(mid(best(spec)) for spec in noise) + " dB"
+    kept = ["+".join(f"withhold:{part}" for part in parts) for parts in (
+        ["positions"], ["positions", "patch"], ["positions", "patch", "block"], ["body"])]
+    fixed = best("", "sincos2d")
+    assert result("… after withholding") == (" / ".join(mid(best(spec)) for spec in kept)
+                                             + f" dB; {mid(fixed)} (Theorem 5, n = {len(fixed)})")
+    assert fixed[0]["method"] == "spans"
+
+
+def test_batches_image_by_image():
+    def whole(config, dataset="cifar10"):
+        some = group(rows("spans", dataset=dataset, config=f"init={config}"), "loss").values()
+        found = [min(values(one, "psnr")).item() for one in some if values(one, "psnr").min() >= 50]
+        return len(some), len(found), f"{min(found):.0f}"
+    fresh = ["batch=2 classes=pair restarts=10", "batch=4 classes=random restarts=10", "batch=8 classes=random restarts=10"]
+    torch_, timm = ([whole(f"{init} {how}") for how in fresh] for init in ("torch", "timm"))
+    longer = [whole(f"timm {fresh[0]} epochs={e}") for e in (5, 20, 40)]
+    ended, mnist = whole(f"torch {fresh[0]} epochs=40"), whole(f"torch {fresh[0]} epochs=12", "mnist")
+    assert all(one[0] == 10 for one in [*torch_, *timm, *longer, ended, mnist])
+    counts, lows = (lambda some: ", ".join(str(n) for _, n, _ in some)), (lambda some: " / ".join(p for _, _, p in some))
+    assert f"lowest {lows(torch_)} dB" in result("**Theorem 5**") and counts(torch_) == "10, 10, 10"
+    assert (f"{counts(timm)}; {counts(longer)}; {ended[1]}; and {mnist[1]} of ten whole. Lowest image of the whole batches "
+            f"{lows(timm)}; {lows(longer)}; {ended[2]}; and {mnist[2]} dB") in result("… timm's weights")
+
+
+def test_trainings():
+    last = lambda some, what: [r for r in some if r[what] == max(s[what] for s in some)]
+    share = lambda some: 100 * values(some, "accuracy").mean().item()
+    noisy = last([r for r in rows("sgd-noise") if "lr=2.0" in r["config"]], "step")
+    of = [[r for r in noisy if r["noise"] == z] for z in (0, 1, 2, 4)]
+    assert result("DP-SGD") == (" / ".join(f"{share(some):.0f}" for some in of) + " %, ε = ∞ / "
+                                + " / ".join(f"{some[0]['epsilon']:.1f}" for some in of[1:]))
+    kinds = [last(rows("positions", positions=kind), "epoch") for kind in ("learned", "normal", "sincos1d", "sincos2d", "none")]
+    assert result("Fixed positions, MNIST") == "accuracy " + " / ".join(f"{share(some):.1f}" for some in kinds) + " %"
