@@ -76,7 +76,7 @@ def test_defences_are_held_against_the_best_attack():
 
 def test_batches_image_by_image():
     def whole(config, dataset="cifar10"):
-        some = group(rows("spans", dataset=dataset, config=f"init={config}"), "loss").values()
+        some = group(rows("spans", dataset=dataset, dtype="float32", config=f"init={config}"), "loss").values()
         found = [min(values(one, "psnr")).item() for one in some if values(one, "psnr").min() >= 50]
         return len(some), len(found), f"{min(found):.0f}"
     fresh = ["batch=2 classes=pair restarts=10", "batch=4 classes=random restarts=10", "batch=8 classes=random restarts=10"]
