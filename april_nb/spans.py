@@ -511,11 +511,10 @@ class Places:
         fixed = min(max(L.shape[1] - own, 0), int((S > ARRIVED * error).sum()))   # the others are not known to a tenth
         self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
         draws = torch.randn(LOOSE, fixed, generator=generator_of(0), dtype=torch.double).to(S)
-        along = lambda ways: (centred(ways @ self.into.mT), (centred(ways @ self.into.mT) * γ) @ W.mT)
-        self.z, self.y = along(self.w)                                 # (P, C), (P, H): but for the stream's base
-        self.z, self.y = self.z + centred(self.base), self.y + (centred(self.base) * γ) @ W.mT
-        self.free = along(self.N.mT)                                   # (n, C), (n, H)
-        self.loose = along(draws / S[:fixed] @ Vt[:fixed])             # where errors of the linear equations lead
+        read = lambda z: (centred(z), (centred(z) * γ) @ W.mT)
+        self.z, self.y = read(self.base + self.w @ self.into.mT)                # (P, C), (P, H)
+        self.free = read(self.N.mT @ self.into.mT)                              # (n, C), (n, H)
+        self.loose = read(draws / S[:fixed] @ Vt[:fixed] @ self.into.mT)        # where errors of the linear equations lead
         self.γ, self.β, self.b, self.ε = γ, β, W @ β + v.bias(self.first.names[0]), norm.eps
 
     @property
@@ -671,15 +670,14 @@ class Places:
         x = patch @ self.view.weight(self.view.patch_weight).mT + self.view.offsets()[t]
         return Tokens(t, u, patch, x, w[:, self.k:] @ self.U.mT, fit, self.explained(t, u))
 
-    def seen(
+    def coordinates(
         self,
         tokens: Tokens,  # of another update of the same client, which held more images or fewer
-    ) -> Tokens:         # the nearest that these equations allow
-        """The same tokens in the coordinates of this update."""
+    ) -> Tensor:         # shape (n, k)
+        """Those of the nearest tokens that these equations allow."""
         c = self.family.coordinates(tokens.patch, tokens.place)
         w = torch.cat([c.mT, tokens.o @ self.U], 1) / self.scale
-        u = (w - self.w[tokens.place]) @ self.N
-        return self.tokens(tokens.place, u, self.outside(self.activations(tokens.place, u)[0]).norm(dim=1))
+        return (w - self.w[tokens.place]) @ self.N
 
     def recalled(
         self,
@@ -687,20 +685,17 @@ class Places:
         steps: int,      # of Gauss–Newton, at most
     ) -> Tokens:         # those that are right here, too
         """What stands near tokens of another update in this one."""
-        near = self.seen(tokens)
-        u, fit = self.descend(near.place, near.u, steps, self.nothing())
-        return self.nothing().with_more(self.tokens(near.place, u, fit).right)
+        u, fit = self.descend(tokens.place, self.coordinates(tokens), steps, self.nothing())
+        return self.nothing().with_more(self.tokens(tokens.place, u, fit).right)
 
     def standing(
         self,
-        X: Tensor,    # patches of one image, shape (P, D)
-    ) -> Tokens:      # one for every place
+        image: Tensor,  # shape (channels, H, W)
+    ) -> Tokens:        # one for every place
         """The tokens of an image."""
-        t, known = torch.arange(len(X)).to(X.device), self.view.known_tokens()
-        x = X @ self.view.weight(self.view.patch_weight).mT + self.view.offsets()
-        o = self.view.attended(torch.cat([known, x]))[-len(X):]
-        none = X.new_zeros(len(X))
-        return Tokens(t, X.new_zeros(len(X), self.unknowns), X, x, o, none, none)
+        x, P = self.view.stream(image), self.view.patches
+        X, none = to_patches(image[None], self.view.patch)[0], x.new_zeros(P)
+        return Tokens(torch.arange(P).to(x.device), x.new_zeros(P, self.unknowns), X, x[-P:], self.view.attended(x)[-P:], none, none)
 
     def nothing(self) -> Tokens:
         """No token."""
@@ -1010,13 +1005,13 @@ class Peeling:
         """Candidates that are complete after each round of first guesses, some at places that an image lacks."""
         sure = self.places or places   # in the whole update no image that was taken off has left an error
         tokens = sure.nothing() if self.tokens is None else sure.recalled(self.tokens, steps)
-        for X in to_patches(self.images, suspect.view.patch): tokens = tokens.without(sure.standing(X))
+        for image in self.images: tokens = tokens.without(sure.standing(image))
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
         P = suspect.shape[1]
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
             g = generator_of(seed)
             like, at = wanted(tokens, P, g) if seed % 4 else (None, torch.arange(P))
-            more = places.search(at.to(suspect.family.h.device), g, steps, places.seen(tokens), like, told)
+            more = places.search(at.to(suspect.family.h.device), g, steps, replace(tokens, u=places.coordinates(tokens)), like, told)
             if self.late: return
             near = more[(more.fit < NEARLY).nonzero()[:, 0]]
             tokens = tokens.with_more(sure.recalled(near, steps))
