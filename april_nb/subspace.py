@@ -54,6 +54,9 @@ def row_space(
     (m, n), g = grad.shape, unit(grad)
     _, S, Vt = torch.linalg.svd(grad / g, full_matrices=False)
     floor, size = rank_tolerance(grad / g, dtype), max(S.norm().item(), math.ulp(0))
+    if not needed and most < len(S):   # what is beyond shows errors, which may be smaller than they could have been
+        largest = 2 * S[most:].norm().item() * ((m - most) ** -0.5 + (n - most) ** -0.5)
+        floor = min(floor, max(largest, rank_tolerance(grad / g, torch.float64)))
     rank = int((S > floor).sum())
     k = min(most if needed else rank, most, len(S))
     dropped = S[k:].norm().item()
@@ -149,7 +152,7 @@ def equations(
     T, sent = images * P + known, torch.cat([view.gradient(update, name) for name in view.qkv])
     patches = everything(W_p)
     if view.patch_weight in update.gradients:
-        sent_patches = view.gradient(update, view.patch_weight)
+        sent_patches = evened(view.gradient(update, view.patch_weight), images * P)
         patches = row_space(sent_patches, images * P, update.dtype, "patches", needed=False)
     tokens = row_space(evened(sent, T), T, update.dtype, "tokens")
     embed, offset, fixed = W_p @ patches.basis, view.offsets().mT, view.known_tokens().mT
