@@ -981,8 +981,9 @@ def polish(
         if max(excess) < 2: break
         units = [unit * e for unit, e in zip(units, excess)]
     image, (error, system) = suspect.image(c), certify(suspect, c, spans, model)
-    if suspect.free: return Find(image, shown, error, system, model.A)
-    return Find(image, shown, math.hypot(error, linear_error(suspect.view, update, image)), system, None)
+    linear = 0.0 if suspect.free else linear_error(suspect.view, update, image)
+    curvature = model.A if suspect.free and isinstance(model, Formed) else None
+    return Find(image, shown, math.hypot(error, linear), system, curvature)
 
 # %% ../nbs/23_spans.ipynb #4f9da235
 class Peeling:
@@ -1148,14 +1149,15 @@ def together(
     Entries are measured by their row's and column's size, and tensors by what the images so far leave of them.
     A step that leads away is not made.
     """
-    free, update, c = peeling.free, peeling.update, to_patches(peeling.images, peeling.whole.view.patch).mT
+    picture, update = peeling.whole.picture, peeling.update
+    c = to_patches(peeling.images, peeling.whole.view.patch).mT
     y = torch.tensor([find.label for find in peeling.finds], device=c.device)
     L = torch.linalg.cholesky(torch.stack([find.curvature for find in peeling.finds]))
     nearly = lambda g: torch.cholesky_solve(g.double().view(len(L), -1, 1), L).flatten().to(g)
     servers = {dtype: differentiable(peeling.model, dtype) for dtype in (torch.float64, torch.float32)}
     def left(c):
         server = servers[c.dtype]
-        loss = lambda weights: F.cross_entropy(functional_call(server, weights, (free.picture(c.mT),)), y)
+        loss = lambda weights: F.cross_entropy(functional_call(server, weights, (picture(c.mT),)), y)
         with sdpa_kernel(SDPBackend.MATH):
             own = grad(loss)({n: p for n, p in server.named_parameters() if n in update.gradients})
         return {n: peeling.scale * own[n] - sent.to(c) for n, sent in update.gradients.items()}
@@ -1164,8 +1166,8 @@ def together(
     f = lambda c: torch.cat([(part / units[n].to(part)).flatten() for n, part in left(c).items()])
     step, r = Products(f, c, nearly), f(c)
     new = c - step.solve(step.slope(r), 0.0, PRODUCTS).to(c).view_as(c)
-    left = (f(new).norm() / r.norm()).item()
-    return (free.picture(new.mT), left) if left < 1 else (peeling.images, 1.0)
+    remains = (f(new).norm() / r.norm()).item()
+    return (picture(new.mT), remains) if remains < 1 else (peeling.images, 1.0)
 
 # %% ../nbs/23_spans.ipynb #a69d97b7
 def unexplained(
