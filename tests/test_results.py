@@ -52,8 +52,8 @@ def test_batches_by_matching():
     restored = rows("fig4", labels="restored")
     of = lambda size, how: [r for r in restored if f"batch={size} " in r["config"] and how in r["config"]]
     for how in ("adam", "lbfgs"): assert " / ".join(mid(of(size, how)) for size in (2, 4, 8)) + " dB" in result("Fig. 4")
-    runs = [len(of(size, "adam")) // size for size in (2, 4, 8)]
-    assert "({}, {} and {} attacks)".format(*runs) in next(line[0] for line in LINES if line[0].startswith("| Fig. 4"))
+    runs = [len(of(size, how)) // size for how in ("adam", "lbfgs") for size in (2, 4, 8)]
+    assert "({}, {} and {} attacks by Adam, {}, {} and {} by L-BFGS)".format(*runs) in next(line[0] for line in LINES if line[0].startswith("| Fig. 4"))
 
 
 def best(spec, positions="learned"):
