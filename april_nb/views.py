@@ -208,7 +208,7 @@ class View:
     ) -> Tensor:     # of its layer, or 0 without one
         """The bias of the layer that a weight belongs to."""
         bias = re.sub("weight$", "bias", name)
-        return self.weight(bias) if bias in self.weights else torch.zeros((), dtype=torch.double)
+        return self.weight(bias) if bias in self.weights.keys() - {name} else torch.zeros((), dtype=torch.double)
 
     def queries(
         self,
@@ -475,18 +475,18 @@ def first(module, names):
     """The value of the first of some attributes that a module has; None if it has none."""
     return next((value for n in names if (value := getattr(module, n, None)) is not None), None)
 
-def attention_parts(model, qkv, width):
+def attention_parts(model, qkv, width, out=None):
     """Name of W_o, number of heads and scale of the attention that holds the weights q, k, v."""
     if not qkv: return {}
     around = list(upwards(qkv[0].removesuffix(".weight").rpartition(".")[0]))[:3]
     weights = dict(model.named_parameters())
-    out = next((name for up in around for n in NAMES["out"] if (name := f"{up}{n}.weight") in weights), None)
+    out = out or next((name for up in around for n in NAMES["out"] if (name := f"{up}{n}.weight") in weights), None)
     modules = [model.get_submodule(up[:-1]) for up in around if up]
     heads = next((h for m in modules if isinstance(h := first(m, NAMES["heads"]), int)), 1)
     scale = next((s for m in modules if isinstance(s := first(m, NAMES["scale"]), float)), (width / heads) ** -0.5)
     return dict(out=out, heads=heads, scale=scale)
 
-def assembled(model, *, embedding, positions, prefix, block, blocks, norm, attention, head, side=None, channels=3,
+def assembled(model, *, embedding, positions, prefix, block, blocks, norm, attention, head, output=None, side=None, channels=3,
               channels_last=False, residual=True, lacks=None):
     """The view of a Vision Transformer from full names of its parts; `lacks` is a key of `LACKS`."""
     weights, projection = model.state_dict(), model.get_submodule(embedding)
@@ -516,7 +516,7 @@ def assembled(model, *, embedding, positions, prefix, block, blocks, norm, atten
         learns_positions=bool(positions) and dict(model.named_parameters()).get(positions, W_p).requires_grad,
         attention_reads_stream=bool(follows) and not (norm or residual or bare),
         norm=norm if follows else None, block=block, lacks=LACKS.get(lacks or (None if follows else "block"), ""),
-        bare=bare, channels_last=channels_last, **attention_parts(model, attention if follows else (), W_p.shape[0]),
+        bare=bare, channels_last=channels_last, **attention_parts(model, attention if follows else (), W_p.shape[0], output),
         eps=getattr(model.get_submodule(norm_module), "eps", 1e-6) if follows and norm else 1e-6)
 
 # %% ../nbs/03_views.ipynb #59e37ed4
@@ -674,6 +674,7 @@ def register_view(
     attention: Sequence[str],       # of q, k and v in it, or of what stacks them: layers or weights
     norm: str | None,               # of the layer norm before them; None where attention reads the stream itself
     positions: str | None,          # of the parameter or buffer E_pos; None without one
+    output: str | None = None,      # of the linear layer that joins the heads (default: looked for around q, k and v)
     prefix: Sequence[str] = (),     # of the learned tokens before the patches, in their order
     head: str | None = None,        # of the linear layer that gives the scores
     blocks: str | None = None,      # of the module whose input is the stream, if it is not the first block
@@ -689,11 +690,12 @@ def register_view(
     """
     def make(model):
         modules, weights = [n for n, _ in model.named_modules()], list(model.state_dict())
-        given = [n for n in (patch_embedding, block, norm, head, blocks) if n is not None]
+        given = [n for n in (patch_embedding, block, norm, head, blocks, output) if n is not None]
         known([n for n in given if f"{n}.weight" not in weights], modules, cls, "module")
         tensors = lambda *names: known([n for n in names if n is not None], weights, cls, "parameter")
         return assembled(
             model, embedding=patch_embedding, positions=next(iter(tensors(positions)), None), prefix=tensors(*prefix),
             block=block, blocks=blocks or block, norm=norm, attention=tensors(*attention), head=head,
+            output=output and f"{output}.weight",
             side=image_size and pair(image_size), channels=channels, channels_last=channels_last, residual=residual)
     FAMILIES[cls] = make

@@ -158,6 +158,12 @@ def test_what_a_model_cannot_have_is_a_reason():
     with pytest.raises(NotApplicable, match="no position embedding"): v.weight(v.positions)
 
 
+def test_the_layer_that_joins_the_heads_can_be_named():
+    assert view(written()).out is None   # "out" is no name that a library gives it
+    assert view(written(dict(output="layers.0.out"))).out == "layers.0.out.weight"
+    with pytest.raises(AprilError, match="joins"): view(written(dict(output="layers.0.joins")))
+
+
 def test_registering_again_is_seen_by_a_model_that_was_proved():
     model = written()
     assert view(model).channels_last
