@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'AT_ONCE',
-           'NEAR', 'FALLEN', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener',
-           'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans', 'Suspect', 'freed', 'jacobian', 'Formed',
-           'Products', 'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'first_mlp', 'places_of',
-           'wanted', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens',
-           'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude',
-           'peel', 'spans']
+           'NEAR', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough',
+           'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans', 'Suspect', 'freed', 'jacobian',
+           'Formed', 'Products', 'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'first_mlp',
+           'places_of', 'wanted', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find',
+           'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
+           'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -1099,10 +1099,11 @@ class Peeling:
             if judge is None: return
             find = polish(judge, self.update, image)
             known = fits(find.image, self.scale) or (None if self.finds else fits(find.image, None))
-            if known is None: continue
-            label, self.scale = known
-            self.finds.append(replace(find, label=label))
-            return self.take_off(find.image, label)
+            if known is not None:
+                label, self.scale = known
+                self.finds.append(replace(find, label=label))
+                return self.take_off(find.image, label)
+            if find.error > BLUNT: return
 
     def take_off(self, image, label):
         """Takes an image's share off what is left."""
@@ -1111,7 +1112,7 @@ class Peeling:
 
     def sharpen(self) -> None:
         """Makes all images sharper if their errors ask for it: each alone among all images, then all on the update itself."""
-        if self.free is None or not SHARP < max(find.error for find in self.finds) < math.inf: return
+        if self.free is None or not SHARP < max(find.error for find in self.finds) < BLUNT: return
         for i, find in enumerate(self.finds):
             if self.late: return
             if find.curvature is None:
@@ -1126,6 +1127,7 @@ class Peeling:
         for find in self.finds: self.take_off(find.image, find.label)
 
 # %% ../nbs/23_spans.ipynb #a771940b
+BLUNT = 1e-2   # foretold errors above it are noise's, which is in all equations alike
 SHARP = 3e-5   # foretold errors above it are worth steps on the update itself
 TOGETHER = 3   # such steps at most
 PRODUCTS = 200 # with the Jacobian for one of them: what the spans know least comes last

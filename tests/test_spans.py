@@ -256,7 +256,7 @@ def test_a_step_on_the_update_itself_sharpens_a_batch(monkeypatch):
         error = torch.randn(len(find.curvature), 1, generator=generator_of(i), dtype=torch.double)
         error = torch.linalg.solve_triangular(torch.linalg.cholesky(find.curvature).mT, error, upper=True)   # as spans leave it
         blur = peeling.free.image((1e-3 * error / error.square().mean().sqrt()).view(peeling.free.shape))
-        peeling.finds.append(replace(find, image=find.image + blur, error=1.0, label=label))
+        peeling.finds.append(replace(find, image=find.image + blur, error=1e-3, label=label))
         peeling.take_off(find.image + blur, label)
     before = unexplained(update, peeling.rest)
     peeling.sharpen()
