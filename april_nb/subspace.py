@@ -152,7 +152,8 @@ def equations(
     T, sent = images * P + known, torch.cat([view.gradient(update, name) for name in view.qkv])
     patches = everything(W_p)
     if view.patch_weight in update.gradients:
-        sent_patches = evened(view.gradient(update, view.patch_weight), images * P)
+        sent_patches = view.gradient(update, view.patch_weight)
+        if images > 1: sent_patches = evened(sent_patches, images * P)   # faint images of a batch would be lost
         patches = row_space(sent_patches, images * P, update.dtype, "patches", needed=False)
     tokens = row_space(evened(sent, T), T, update.dtype, "tokens")
     embed, offset, fixed = W_p @ patches.basis, view.offsets().mT, view.known_tokens().mT
