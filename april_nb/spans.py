@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'AT_ONCE',
            'NEAR', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough',
-           'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans', 'Suspect', 'freed', 'jacobian',
-           'Formed', 'Products', 'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places', 'first_mlp',
-           'places_of', 'wanted', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find',
-           'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
+           'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans', 'Suspect', 'freed', 'along',
+           'jacobian', 'Formed', 'Products', 'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places',
+           'first_mlp', 'places_of', 'wanted', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of',
+           'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
            'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
@@ -28,11 +28,11 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .certificate import EXACT, Reconstruction, System, rank_tolerance
+from .certificate import EXACT, Reconstruction, Solution, System, rank_tolerance
 from .federated import Update, client_update, generator_of, gradients
 from .optimization import RESTART
 from .separation import Family, family
-from .subspace import EXPLAINED, RowSpace, equations, evened, row_space, subspace_leakage
+from .subspace import EXPLAINED, Equations, RowSpace, equations, evened, row_space, subspace_leakage
 from .views import View, view
 from .vit import from_patches, to_patches
 
@@ -204,7 +204,8 @@ class Suspect:
     ):
         self.view = view(model)
         self.family, self.spans = family(self.view, update), input_spans(model, update, DEEP + 2)
-        self.examples, self.free = update.examples, False   # free: of the linear equations, which are then judged like all others
+        self.update, self.examples = update, update.examples
+        self.free = False   # of the linear equations, which are then judged like all others
         self.listeners = {t: Listener(model, update.gradients, t) for t in (torch.float64, torch.float32)}
         normed = [i for i, span in enumerate(self.spans) if span.norm] or [0]
         behind = self.spans[normed[0]:]   # from the first layer on that reads a layer norm behind the attention
@@ -212,6 +213,12 @@ class Suspect:
         least = next((i for i, count in enumerate(counts, 1) if count >= math.prod(self.shape)), len(behind))
         self.shallow, self.wider = behind[:least], behind[:least + 1]
         self.deep, self.equations = self.spans[:max(DEEP, normed[0] + least + 1)], (counts or [0])[-1]
+
+    @cached_property
+    def linear(self) -> tuple[Equations, Solution]:
+        """Theorem 4's equations, and the solution that the family holds."""
+        e = equations(self.view, self.update)
+        return e, e.solve(self.update.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -277,28 +284,36 @@ class Suspect:
 def freed(
     suspect: Suspect,  # of an update
     model: nn.Module,  # the server's model
-    update: Update,    # the same
 ) -> Suspect | None:   # None if its Jacobian would be too large, or no attention sees a part of a patch
     """One who judges images that may be any: the linear equations, too, are residuals, in units of their errors."""
     D, P = len(suspect.family.R), suspect.shape[1]
+    entries = lambda spans: D * P * sum(len(span.rows) * span.rest.shape[1] for span in spans)
+    if suspect.family.hidden or entries(suspect.deep) > FORMED: return None   # before a rehearsal is played for nothing
     free, I = copy.copy(suspect), torch.eye(D).to(suspect.family.R)
-    free.deep, free.free = [*linear_spans(model, update), *suspect.deep], True
+    free.deep, free.free = [*linear_spans(model, suspect.update), *suspect.deep], True
     free.family = Family(I, I.new_zeros(D, P), I, suspect.family.systems, D, 0)
-    entries = D * P * sum(len(span.rows) * span.rest.shape[1] for span in free.deep)
-    return free if entries <= FORMED and not suspect.family.hidden else None
+    return free if entries(free.deep) <= FORMED else None
 
 # %% ../nbs/23_spans.ipynb #d11bc6f8
+def along(
+    f: Callable[[Tensor], Tensor],  # of coordinates, a vector
+    c: Tensor,                      # where
+    step: Tensor,                   # a direction, of the shape of c
+) -> Tensor:                        # of f's shape
+    """The derivative of f along a step, by forward differentiation."""
+    with warnings.catch_warnings():   # PyTorch's forward derivatives warn of a deprecated part of their own
+        warnings.simplefilter("ignore", FutureWarning)
+        return jvp(f, (c,), (step,))[1]
+
 def jacobian(
     f: Callable[[Tensor], Tensor],  # of coordinates (k, P), a vector (E,)
     c: Tensor,                      # where, shape (k, P)
     chunk: int = 128,               # columns at once
 ) -> Tensor:                        # Jᵀ, shape (kP, E)
     """The Jacobian by forward differentiation, a chunk of directions at a time."""
-    push = vmap(lambda direction: jvp(f, (c,), (direction,))[1])
+    push = vmap(lambda direction: along(f, c, direction))
     basis = torch.eye(c.numel(), dtype=c.dtype, device=c.device).unflatten(1, c.shape)
-    with warnings.catch_warnings():   # PyTorch's forward derivatives warn of a deprecated part of their own
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.cat([push(part) for part in basis.split(chunk)])
+    return torch.cat([push(part) for part in basis.split(chunk)])
 
 # %% ../nbs/23_spans.ipynb #30ad914d
 class Formed:
@@ -338,7 +353,7 @@ class Products:
     ):
         c = c.float()
         self.shape, self.nearly = c.shape, nearly
-        self.push = lambda step: jvp(f, (c,), (step,))[1]   # `linearize` adds in place and drifts where f is a gradient
+        self.push = lambda step: along(f, c, step)   # `linearize` adds in place and drifts where f is a gradient
         self.pull = vjp(f, c)[1]
         probe = torch.randn(c.numel(), generator=generator_of(0)).to(c)
         self.scale = (self.curvature(probe) / probe.square().sum()).item()   # about the mean of JᵀJ's diagonal
@@ -950,20 +965,17 @@ def certify(
 
 # %% ../nbs/23_spans.ipynb #5efd496d
 def linear_error(
-    view: View,      # of the server's model
-    update: Update,  # what the client sent
-    images: Tensor,  # that were found, shape (n, channels, H, W)
-) -> float:          # root mean square, normalised pixels
+    suspect: Suspect,  # of the whole update
+    images: Tensor,    # that were found, shape (n, channels, H, W)
+) -> float:            # root mean square, normalised pixels
     """What the errors of Theorem 4's equations, whose solutions the family holds, do to the images."""
-    e = equations(view, update)
-    solved, X = e.solve(update.dtype), to_patches(images, view.patch).flatten(0, 1)
+    (e, solved), X = suspect.linear, to_patches(images, suspect.view.patch).flatten(0, 1)
     by_tokens = solved.noise * solved.gain / len(e.patches.basis) ** 0.5
     return math.hypot(by_tokens, e.patches.error(X.mT).norm().item() / len(X) ** 0.5)
 
 # %% ../nbs/23_spans.ipynb #b7684cb2
 def polish(
     suspect: Suspect,  # of the whole update
-    update: Update,    # the same
     image: Tensor,     # shape (1, channels, H, W)
     steps: int = 6,    # of Gauss–Newton, at most
 ) -> Find:             # without a label
@@ -981,7 +993,7 @@ def polish(
         if max(excess) < 2: break
         units = [unit * e for unit, e in zip(units, excess)]
     image, (error, system) = suspect.image(c), certify(suspect, c, spans, model)
-    linear = 0.0 if suspect.free else linear_error(suspect.view, update, image)
+    linear = 0.0 if suspect.free else linear_error(suspect, image)
     curvature = model.A if suspect.free and isinstance(model, Formed) else None
     return Find(image, shown, math.hypot(error, linear), system, curvature)
 
@@ -1028,7 +1040,7 @@ class Peeling:
     @cached_property
     def free(self) -> Suspect | None:
         """The judge who trusts no linear equation, if she can be asked."""
-        return freed(self.whole, self.model, self.update)
+        return freed(self.whole, self.model)
 
     def likely(self) -> list[int]:
         """Candidate classes: those first of which the classifier's bias gradient says that images are missing."""
@@ -1094,16 +1106,18 @@ class Peeling:
         classes: Sequence[int],  # candidates
     ) -> None:
         """Polishes and labels an image, and takes its share off what is left, if it is one of the batch."""
-        fits = lambda image, scale: label_of(suspect, self.server, self.rest, image, self.update, classes, scale)
-        for judge in (self.whole, self.free):   # the first has fewer unknowns, the second need not trust linear equations
-            if judge is None: return
-            find = polish(judge, self.update, image)
-            known = fits(find.image, self.scale) or (None if self.finds else fits(find.image, None))
-            if known is not None:
-                label, self.scale = known
-                self.finds.append(replace(find, label=label))
-                return self.take_off(find.image, label)
-            if find.error > BLUNT: return
+        def known(image):
+            fits = lambda scale: label_of(suspect, self.server, self.rest, image, self.update, classes, scale)
+            return fits(self.scale) or (None if self.finds else fits(None))
+        find = polish(self.whole, image)   # fewer unknowns than without trust in linear equations
+        answer = known(find.image)
+        if answer is None and find.error <= BLUNT and self.free:
+            find = polish(self.free, image)
+            answer = known(find.image)
+        if answer is None: return
+        label, self.scale = answer
+        self.finds.append(replace(find, label=label))
+        self.take_off(find.image, label)
 
     def take_off(self, image, label):
         """Takes an image's share off what is left."""
@@ -1112,11 +1126,11 @@ class Peeling:
 
     def sharpen(self) -> None:
         """Makes all images sharper if their errors ask for it: each alone among all images, then all on the update itself."""
-        if self.free is None or not SHARP < max(find.error for find in self.finds) < BLUNT: return
+        if not SHARP < max(find.error for find in self.finds) < BLUNT or self.free is None: return
         for i, find in enumerate(self.finds):
             if self.late: return
             if find.curvature is None:
-                self.finds[i] = replace(polish(self.free, self.update, find.image), label=find.label)
+                self.finds[i] = replace(polish(self.free, find.image), label=find.label)
                 self.tell(self.finds[i].fit, [])
         for _ in range(TOGETHER):
             images, left = together(self)

@@ -208,7 +208,7 @@ class View:
     ) -> Tensor:     # of its layer, or 0 without one
         """The bias of the layer that a weight belongs to."""
         bias = re.sub("weight$", "bias", name)
-        return self.weight(bias) if bias in self.weights.keys() - {name} else torch.zeros((), dtype=torch.double)
+        return self.weight(bias) if bias != name and bias in self.weights else torch.zeros((), dtype=torch.double)
 
     def queries(
         self,

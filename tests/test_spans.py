@@ -240,7 +240,7 @@ def test_tokens_foretell_no_smaller_an_error_than_all_layers():
     model = small()
     x, update = batch(model, [1, 4])
     suspect = Suspect(model, update)
-    find = polish(suspect, update, x[:1].double())
+    find = polish(suspect, x[:1].double())
     by_tokens, worst = certify_tokens(suspect, *first_mlp(suspect), find.image)
     true = (find.image - x[:1]).square().mean().sqrt().item()
     assert find.system.unique and worst.unique and find.error < 2 * by_tokens and true < 5 * by_tokens
@@ -252,7 +252,7 @@ def test_a_step_on_the_update_itself_sharpens_a_batch(monkeypatch):
     x, update = batch(model, [1, 4])
     peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
     for i, (image, label) in enumerate(zip(x.double().split(1), (1, 4))):
-        find = polish(peeling.free, update, image)
+        find = polish(peeling.free, image)
         error = torch.randn(len(find.curvature), 1, generator=generator_of(i), dtype=torch.double)
         error = torch.linalg.solve_triangular(torch.linalg.cholesky(find.curvature).mT, error, upper=True)   # as spans leave it
         blur = peeling.free.image((1e-3 * error / error.square().mean().sqrt()).view(peeling.free.shape))
@@ -271,8 +271,8 @@ def test_an_image_is_sharp_though_the_linear_equations_are_off_by_a_tenth(monkey
     off = replace(true, h=true.h + 0.1 * torch.randn(true.h.shape, generator=noise, dtype=torch.double))
     monkeypatch.setattr("april_nb.spans.family", lambda view, update: off)
     suspect = Suspect(model, update)
-    held = polish(suspect, update, x[:1].double())
-    free = polish(freed(suspect, model, update), update, held.image)
+    held = polish(suspect, x[:1].double())
+    free = polish(freed(suspect, model), held.image)
     rms = lambda find: (find.image - x[:1]).square().mean().sqrt()
     assert rms(held) > 1e-2 and rms(free) < 5 * free.error < 1e-4
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import april_nb
 from april_nb import attack, cli
-from april_nb.attacks import ATTACKS
 from april_nb.metrics import as_psnr
 from april_nb.data import FORMATS
 from april_nb.vit import vit
@@ -65,9 +64,7 @@ def round_of_one(generator):
 def test_attack_runs_the_best_attack_that_applies(round_of_one):
     model, x, _, update = round_of_one
     answer = attack(model, update)
-    foretold = {name: ATTACKS[name](model, [update])[0].error for name in ("patch", "subspace")}   # Theorems 3 and 4
-    assert answer.method == min(foretold, key=foretold.get) and answer.verdict == "exact"
-    assert (answer.images - x).abs().max() < 1e-5
+    assert (answer.method, answer.verdict) == ("patch", "exact") and (answer.images - x).abs().max() < 1e-5
     kept = april_nb.client_update(model, x, torch.tensor([4]), withheld=("positions",))
     assert attack(model, kept).method == april_nb.best_attack(model, kept)[0] == "subspace"
 
