@@ -342,10 +342,26 @@ def test_a_solution_that_is_known_is_none_any_more():
     g = torch.Generator().manual_seed(0)
     near = known.u + 0.1 * torch.randn(known.u.shape, generator=g, dtype=torch.double)
     away, _ = places.descend(known.place, near, 60, known)
-    back, fit = places.descend(known.place, near, 60, places.nothing())
+    back, fit = places.descend(known.place, near, 60)
     there = (back - known.u).norm(dim=1).max()
     assert there < 1e-4 and fit.max() < 1e-5
     assert (away - known.u).norm(dim=1).min() > 100 * there
+
+
+def test_a_search_needs_few_hidden_units_and_finds_what_all_say():
+    model = small(mlp_width=400)
+    x, update = batch(model, [1, 2])
+    suspect, places, found = tokens_of(model, x, update)
+    coarse, true = places.coarse, Tokens.together(found)
+    units = len(coarse.b)
+    assert places.unknowns < coarse.equations < places.equations and units < 200
+    assert coarse.outside(coarse.activations(true.place, places.coordinates(true))[0]).norm(dim=1).max() < 1e-5
+    ends = places.search(torch.arange(4), torch.Generator().manual_seed(0), 60)
+    again = places.recalled(ends[(ends.fit < 0.05).nonzero()[:, 0]], 60)
+    assert len(again.x) >= 2 and again.same(true).any(1).all()
+    narrow = small(mlp_width=32)
+    own = tokens_of(narrow, *batch(narrow, [1, 2]))[1]
+    assert own.coarse is own
 
 
 def test_an_activation_is_taken_for_one_only_if_it_acts_on_every_number_by_itself():
