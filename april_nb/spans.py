@@ -518,7 +518,7 @@ RIGHT = 1.5e-3 # a token that leaves less of the activations outside their span 
 WRONG = 5e-3    # one that leaves more is none, whatever errors explain
 NEARLY = 0.05   # an end that leaves less in what is left of an update is worth a descent in the whole one
 LOOSE = 16      # draws of the linear equations' errors
-HOLD = 0.02     # of the heads' output, relative to a residual of one
+HOLD = 0.02     # of the heads' output, relative to a residual of one; at most
 ROUNDS = 20     # first guesses for every place, for each restart
 SPARE = 1.5     # equations for each unknown of a token with which a search begins
 AT_ONCE = 4e7  # numbers in a Jacobian of several tokens
@@ -706,12 +706,14 @@ class Places:
         """A token of each place, from a random first guess each; as sharp as the coarse equations make it."""
         chunk, found, coarse = max(int(AT_ONCE / max(self.coarse.free[1].numel(), 1)), 1), [], self.coarse
         start = torch.randn(len(places), len(self.N), generator=generator, dtype=torch.double).to(self.N)
+        hold = 0.0
         if like is not None:
+            hold = HOLD * (1 - torch.rand((), generator=generator).item())   # what serves one initialisation best misses with another
             start[:, :self.k] *= torch.rand((), generator=generator)
             start[:, self.k:] = self.U.mT @ like / self.scale[self.k:]
         start = (start - self.w[places]) @ self.N
         for some, u in zip(places.split(chunk), start.split(chunk)):
-            if known is not None and len(known.x): u, _ = coarse.descend(some, u, steps, known, HOLD if like is not None else 0.0)
+            if known is not None and len(known.x): u, _ = coarse.descend(some, u, steps, known, hold)
             u, _ = coarse.descend(some, u, steps)   # what stands beside one that is known falls back
             fit = self.outside(self.activations(some, u)[0]).norm(dim=1)
             found.append(self.tokens(some, u, fit))
@@ -791,12 +793,15 @@ def wanted(
     P: int,          # places
     generator: torch.Generator,  # of the choice
 ) -> tuple[Tensor | None, Tensor]:  # the heads' output to begin with, shape (C,); places to search at, at most P
-    """What an image that lacks tokens would have: every image has the same chance, however many of its tokens are found."""
+    """What an image that lacks tokens would have: in every second draw the one that lacks fewest, in others any, all alike."""
     everywhere = torch.arange(P)
     if not len(tokens.o): return None, everywhere
-    near = torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)
-    i = torch.multinomial(1 / near.sum(0).cpu(), 1, generator=generator).item()
-    lacking = everywhere[~torch.isin(everywhere, tokens.place[near[:, i]].cpu())]
+    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
+    there = near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()   # of each token's image, how many at each place
+    lacks = (there == 0).sum(1)
+    if torch.rand((), generator=generator) < 0.5 and lacks.any(): i = torch.where(lacks > 0, lacks, P + 1).argmin().item()
+    else: i = torch.multinomial(1 / near.double().sum(0), 1, generator=generator).item()
+    lacking = everywhere[there[i] == 0]
     return tokens.o[i], lacking.repeat(P // len(lacking)) if len(lacking) else everywhere
 
 # %% ../nbs/23_spans.ipynb #4332df64
