@@ -88,6 +88,9 @@ def test_batches_image_by_image():
     assert f"lowest {lows(torch_)} dB" in result("**Theorem 5**") and counts(torch_) == "10, 10, 10"
     assert (f"{counts(timm)}; {counts(longer)}; {ended[1]}; and {mnist[1]} of ten whole. Lowest image of the whole batches "
             f"{lows(timm)}; {lows(longer)}; {ended[2]}; and {mnist[2]} dB") in result("… timm's weights")
+    eights = group(rows("spans", dataset="cifar10", dtype="float32", config=f"init=timm {fresh[2]}"), "loss").values()
+    sharp = sum(values(one, "psnr").min() >= 90 for one in eights)
+    assert f"eight with timm's weights: {sharp} of ten at 90 dB and more" in result("… timm's weights")
 
 
 def test_trainings():
