@@ -44,7 +44,7 @@ def test_a_function_is_a_function_whatever_was_imported_first(first):
 
 
 def test_the_page_of_the_api_lists_the_names_that_need_no_modules():
-    page = (Path(__file__).parent.parent / "back" / "api.md").read_text().partition("need no module's name: ")[2].partition("\n")[0]
+    page = (Path(__file__).parent.parent / "back" / "api.md").read_text(encoding="utf-8").partition("need no module's name: ")[2].partition("\n")[0]
     assert {*re.findall(r"`(\w+)`", page)} == {name for name in april_nb.__all__ if not inspect.ismodule(getattr(april_nb, name))}
 
 
