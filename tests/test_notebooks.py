@@ -36,7 +36,7 @@ def test_modules_equal_notebooks(copy):
 
 def test_notebooks_are_clean(copy):
     nbdev_clean("nbs")
-    for path in NOTEBOOKS: assert (copy / "nbs" / path.name).read_text(encoding="utf-8") == path.read_text(), f"run nbdev_clean on {path.name}"
+    for path in NOTEBOOKS: assert (copy / "nbs" / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"run nbdev_clean on {path.name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
