@@ -9,14 +9,15 @@ __all__ = ['STARTS', 'timer', 'median_seconds', 'matmul_peak', 'engine_step', 'b
 
 # %% ../nbs/92_bench.ipynb #b3c10c03
 #| code-fold: true
+import logging
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +25,6 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
@@ -35,6 +35,9 @@ from .matching import Matcher, plain_shares
 from .metrics import scores
 from .runner import COLUMNS, Executor, Store, carry_out, follow_driver, in_processes, name_of, read_rows
 from .vit import vit
+
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # the timer's; it tells of a compiler without a GPU
+from torch.utils.benchmark import Timer
 
 # %% ../nbs/92_bench.ipynb #574834bc
 def timer(
@@ -234,5 +237,9 @@ def start_times(
 ) -> Iterator[dict]:     # rows: what, and seconds
     """Seconds from nothing to the end; the least counts, for the first start fills the system's cache."""
     for what, arguments in STARTS.items():
-        start = timer(lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=True))
-        yield dict(what=what, seconds=min(start.timeit(1).mean for _ in range(times)))
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            seconds.append(time.perf_counter() - start)
+        yield dict(what=what, seconds=min(seconds))
