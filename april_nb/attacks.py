@@ -209,10 +209,12 @@ def check_update(
         If it is no `Update`, if a name or a shape is not the model's, if the update is the weights themselves,
         or if it is the negative of a gradient.
     AprilError
-        If the model's weights are not finite.
+        If the model is none, or its weights are not finite.
     """
     require([(isinstance(update, Update), f"the update is of type {type(update).__name__}: Update(gradients) makes one of "
               "gradients by parameter name")])
+    require([(isinstance(model, nn.Module), f"the model is of type {type(model).__name__}: pass a torch.nn.Module; "
+              "april_nb.named_model makes one of a name")], AprilError)
     v = view(model)
     check_weights(model)
     refuse_strangers(v, update)

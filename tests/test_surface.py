@@ -101,6 +101,11 @@ def test_attack_refuses_what_cannot_be_asked_in_one_line(round_of_one, asked, wo
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_models_name_is_no_model(round_of_one):
+    *_, update = round_of_one
+    with pytest.raises(april_nb.AprilError, match=r"of type str: pass a torch.nn.Module; april_nb.named_model"): attack("vit_mnist", update)
+
+
 def test_gradients_that_are_no_update_are_refused(round_of_one):
     model, _, _, update = round_of_one
     for call in (lambda: attack(model, dict(update.gradients)), lambda: april_nb.audit(model, update=dict(update.gradients), budget=0)):
