@@ -120,11 +120,12 @@ print(pathlib.Path(april_nb.__file__).parent, answer.method, (answer.images - x)
 
 def test_the_wheel_works_outside_the_repository(installed, tmp_path):
     home, bin = installed
-    run = subprocess.run([bin / "python", "-c", SNIPPET], cwd=tmp_path, capture_output=True, text=True)
+    alone = dict(cwd=tmp_path, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    run = subprocess.run([bin / "python", "-c", SNIPPET], **alone)
     assert run.returncode == 0, run.stderr
     where, method, right = run.stdout.split()
     assert Path(where).is_relative_to(home) and (method, right) == ("patch", "True")
-    assert subprocess.run([bin / "april", "--version"], cwd=tmp_path, capture_output=True, text=True).stdout == f"april_nb {april_nb.__version__}\n"
+    assert subprocess.run([bin / "april", "--version"], **alone).stdout == f"april_nb {april_nb.__version__}\n"
 
 
 def test_a_source_distribution_can_be_built_from(tmp_path, monkeypatch):
