@@ -209,10 +209,12 @@ def check_update(
         If it is no `Update`, if a name or a shape is not the model's, if the update is the weights themselves,
         or if it is the negative of a gradient.
     AprilError
-        If the model's weights are not finite.
+        If the model is none, or its weights are not finite.
     """
     require([(isinstance(update, Update), f"the update is of type {type(update).__name__}: Update(gradients) makes one of "
               "gradients by parameter name")])
+    require([(isinstance(model, nn.Module), f"the model is of type {type(model).__name__}: pass a torch.nn.Module; "
+              "april_nb.named_model makes one of a name")], AprilError)
     v = view(model)
     check_weights(model)
     refuse_strangers(v, update)
@@ -234,7 +236,7 @@ def check_update(
     return tuple(remarks)
 
 # %% ../nbs/24_attacks.ipynb #9b002e38
-NEARLY = 0.9   # of its unknowns: a system that determines as many leaves a picture worth looking at
+ENOUGH = 0.9   # of its unknowns: a system that determines as many leaves a picture worth looking at
 
 def determined(answer):
     """The share of its unknowns that the weakest of an answer's systems determines."""
@@ -270,7 +272,7 @@ def best_attack(
     closest = max(found, key=lambda n: determined(found[n]), default=None)
     if search is None and closest is None: raise NotApplicable("; ".join(dict.fromkeys(why.values())))
     if search is None: return closest, "no attack has a unique answer, and no search can start"
-    near = [n for n, a in found.items() if update.examples == 1 and NEARLY <= determined(a) < 1
+    near = [n for n, a in found.items() if update.examples == 1 and ENOUGH <= determined(a) < 1
             and not set(ATTACKS[n].reads) <= set(ATTACKS[search].reads)]
     if near: return near[0], "no closed form has a unique answer: one whose system lacks few of its unknowns"
     return search, "no closed form has a unique answer: the first search that can start"

@@ -530,9 +530,9 @@ def show_trainings(rows, path):
 # %% ../nbs/93_cli.ipynb #d92b278a
 @app.command("bench", cls=Command)
 def bench_command(
-    what: Annotated[Literal["engine", "attacks", "jobs"], typer.Argument(
+    what: Annotated[Literal["engine", "attacks", "jobs", "start"], typer.Argument(
         metavar="WHAT", help="engine, the matching engine; attacks, every kind of attack; "
-                             "jobs, the runner on two processes")] = "engine",
+                             "jobs, the runner on two processes; start, what passes before anything happens")] = "engine",
     model: Annotated[str, typer.Option(
         metavar="NAME", help="one of the book's models: {vit.PRESETS}",
         autocompletion=lambda: listed("vit.PRESETS"))] = "vit_cifar",
@@ -547,8 +547,9 @@ def bench_command(
         help="of attacks and jobs: folder whose bench.csv the rows go to (default: none)", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,
 ) -> None:
-    """Times the matching engine against the plain autograd step, or attacks, or the runner."""
+    """Times the matching engine against the plain autograd step, or attacks, or the runner, or the start."""
     where, rows = april_nb.runner.device(device), []
+    if what == "start": return show_starts(as_json)
     if what != "engine": return show_times(what, where, budget, results, as_json)
     with Console(stderr=True, force_jupyter=False).status("timing"):
         for row in april_nb.bench.bench(model, arch, sorted(victims or (1, 4, 16, 64)), where): rows.append(row)
@@ -564,6 +565,16 @@ def bench_command(
     Output().print(table)
 
 # %% ../nbs/93_cli.ipynb #8a03c59b
+def show_starts(as_json):
+    """Prints what `april bench start` measured."""
+    with Console(stderr=True, force_jupyter=False).status("timing"): rows = list(april_nb.bench.start_times())
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("from nothing", "seconds")
+    for row in rows: table.add_row(row["what"], f"{row['seconds']:.2f}")
+    Output().print(table)
+
 def show_times(what, where, budget, results, as_json):
     """Prints what `april bench attacks` or `april bench jobs` measured, each row stored as soon as it is there."""
     rows = []

@@ -451,5 +451,8 @@ def load_update(
                   float(meta["lr"]) if meta.get("lr") else None)
         names = lambda key: tuple(meta.get(key, "").splitlines())
         return Update(tensors, *counts, withheld=names("withheld"), defenses=names("defenses"))
-    except (OSError, SafetensorError, ValueError) as error:   # `InvalidUpdate` is a ValueError, too
+    except SafetensorError as error:
+        raise InvalidUpdate(f"cannot read an update from {path}: it is no safetensors file ({brief(error)}); "
+                            "safetensors.torch.save_file(gradients, path) writes one") from error
+    except (OSError, ValueError) as error:   # `InvalidUpdate` is a ValueError, too
         raise InvalidUpdate(f"cannot read an update from {path}: {brief(error)}") from error

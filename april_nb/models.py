@@ -104,7 +104,7 @@ def normalisation_of(
     says = dict(getattr(model, "pretrained_cfg", None) or {})
     folder = getattr(getattr(model, "config", None), "_name_or_path", "")
     if folder and (file := Path(folder) / "preprocessor_config.json").is_file():
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         says = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     trained = next((f.normalisation for f in FORMATS.values()
                     if isinstance(model, ViT) and (f.channels, f.size) == (channels, side)), FORMATS["imagenet"].normalisation)

@@ -150,7 +150,7 @@ def library():
     """Opacus, or one line that says how to get it."""
     try: import opacus
     except ImportError as error:
-        raise MissingLibrary("this needs Opacus: pip install 'april_nb[privacy]'") from error
+        raise MissingLibrary("this needs Opacus: pip install '.[privacy]' in a copy of this package's folder") from error
     return opacus
 
 WHOLE = [*range(2, 65), *(96, 128, 192, 256, 384, 512, 768, 1024)]

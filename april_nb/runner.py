@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import psutil
 import torch
 
 from .federated import AprilError, brief, whole_file
@@ -168,10 +169,7 @@ def lives(
     host, process, _ = owner.rsplit(" ", 2)
     if until < time.time(): return False
     if host != socket.gethostname(): return True
-    try: os.kill(int(process), 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True   # it is there, and somebody else's
-    return True
+    return psutil.pid_exists(int(process))
 
 class Store:
     """The rows of one experiment while runs go on: an SQLite database beside the CSV."""
@@ -333,10 +331,11 @@ def uninterrupted() -> Iterator[None]:  # while the block lasts
         return
     missed: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: missed.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # which a process inherits
+    masks = hasattr(signal, "pthread_sigmask")   # Windows has none
+    if masks: mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})   # which a process inherits
     try: yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if masks: signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
         if missed: signal.raise_signal(signal.SIGINT)
 
@@ -388,7 +387,7 @@ def on_ray(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try: import ray
-    except ImportError as error: raise AprilError("--ray needs Ray: pip install 'april_nb[ray]'") from error
+    except ImportError as error: raise AprilError("--ray needs Ray: pip install '.[ray]' in a copy of this package's folder") from error
     shared = {k: os.environ[k] for k in ("APRIL_DATA",) if k in os.environ}
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     kind = "GPU" if where.type == "cuda" else "CPU"

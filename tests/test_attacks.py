@@ -66,7 +66,7 @@ def test_a_toy_attack_is_in_the_audit_and_after_every_cure(toy, server):
 
 def test_a_toy_attack_has_a_column_in_the_chapter_on_what_stops_attacks(toy, monkeypatch):
     monkeypatch.chdir(ROOT / "nbs")
-    cells = json.loads((ROOT / "nbs" / "28_what_stops.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "nbs" / "28_what_stops.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     scope = {}
     for source in code[:1] + [c for c in code if "'../results/defenses.csv'" in c]: exec(source, scope)
@@ -76,12 +76,12 @@ def test_a_toy_attack_has_a_column_in_the_chapter_on_what_stops_attacks(toy, mon
 def test_a_toy_attack_is_in_the_readmes_table(toy, monkeypatch):
     assert "| `toy` | A toy | nothing | patch | no | 1 |" in listed()
     monkeypatch.undo()
-    assert listed() in (ROOT / "README.md").read_text(), "README: paste what april_nb.attacks.listed() returns"
+    assert listed() in (ROOT / "README.md").read_text(encoding="utf-8"), "README: paste what april_nb.attacks.listed() returns"
 
 
 def test_nothing_else_lists_attacks():
     for name in ("cli", "experiments", "audit"):
-        source = (ROOT / "april_nb" / f"{name}.py").read_text()
+        source = (ROOT / "april_nb" / f"{name}.py").read_text(encoding="utf-8")
         assert "ATTACKS" in source and not {"closed_form(", "patch_leakage", "subspace_leakage"} & set(source.split())
 
 

@@ -322,7 +322,7 @@ def test_files_of_a_script_without_this_package_are_audited_from_the_command_lin
     assert set(report) >= {"model", "parameters", "attacks", "cures"}
     assert found["patch"]["verdict"] == "exact" and found["labels"]["reason"] == "class 7"
     assert found["patch"]["psnr"] is None and found["patch"]["foretold_psnr"] > 80
-    assert "<table>" in (tmp_path / "report.html").read_text()
+    assert "<table>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     wrong = april("--model", "ours:vit_mnist", "--update", tmp_path / "update.safetensors", "--budget", 0)
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "Traceback" not in wrong.stderr
 
@@ -336,7 +336,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments):
 
 def freezing():
     "The checklist's lines that freeze a model's entrance."
-    cells = json.loads((Path(__file__).parent.parent / "nbs" / "38_checklist.ipynb").read_text())["cells"]
+    cells = json.loads((Path(__file__).parent.parent / "nbs" / "38_checklist.ipynb").read_text(encoding="utf-8"))["cells"]
     cell, = (source for c in cells if "entrance =" in (source := "".join(c["source"])))
     return cell[cell.index("named ="):cell.index("report =")]
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from april_nb import data, metrics
 from april_nb.data import FORMATS, DataMissing, Normalisation, load, read_image
-from april_nb.federated import AprilError, InvalidUpdate, client_update
+from april_nb.federated import AprilError, InvalidUpdate, client_update, load_update
+from april_nb.models import named_model
 from april_nb.vit import InvalidImage, ViT, guess_positions, vit
 
 CIFAR = FORMATS["cifar10"]
@@ -195,6 +196,14 @@ def test_a_whole_mnist_archive_is_read(tmp_path):
     ids=["cut", "cut early", "not gzip", "corrupt", "a pixel short", "a label short", "fewer labels", "empty", "other shape", "header cut", "labels' header cut"])
 def test_a_damaged_mnist_archive_is_one_line(tmp_path, images, labels, squeeze):
     one_line(lambda: load("mnist", mnist(tmp_path, images, labels, squeeze)), "mnist", "damaged", error=DataMissing)
+
+
+@pytest.mark.parametrize("read, words", [
+    (load_update, ["cannot read an update", "safetensors.torch.save_file(gradients, path) writes one"]),
+    (lambda path: named_model("vit_mnist", path), ["cannot load weights", "safetensors.torch.save_file(model.state_dict(), path) writes one"])])
+def test_a_checkpoint_in_the_place_of_a_safetensors_file_is_told_the_cure(tmp_path, read, words):
+    torch.save(MODEL.state_dict(), path := tmp_path / "u.pth")
+    one_line(lambda: read(path), "no safetensors file", "u.pth", *words)
 
 
 SIZES = dict(image_size=8, channels=3, patch=4, width=12, depth=2, heads=3, mlp_width=24, classes=10)

@@ -29,7 +29,7 @@ class Page(HTMLParser):
     """Images and external resources of a page."""
     def __init__(self, path):
         super().__init__()
-        self.images, self.loaded, self.text = [], [], path.read_text()
+        self.images, self.loaded, self.text = [], [], path.read_text(encoding="utf-8")
         self.feed(self.text)
 
     def handle_starttag(self, tag, attributes):
@@ -62,23 +62,23 @@ def test_no_directive_traceback_or_raw_role_is_left_on_a_page(book):
 
 def test_tables_that_a_cell_computes_are_tables(book):
     for chapter, entry in (("10_closed_form", "cifar10"), ("11_when_it_works", "vit_cifar"), ("15_table1", "cifar10")):
-        text = (book / "nbs" / f"{chapter}.html").read_text()
+        text = (book / "nbs" / f"{chapter}.html").read_text(encoding="utf-8")
         assert f"<td><p>{entry}</p></td>" in text and "| --- |" not in text, chapter
 
 
 def test_api_page_shows_what_stands_beside_the_parameters(book):
-    text = re.sub(r"<[^>]+>", "", (book / "back" / "api.html").read_text())
+    text = re.sub(r"<[^>]+>", "", (book / "back" / "api.html").read_text(encoding="utf-8"))
     assert "shape (B, channels, H, W), normalised" in text and "closed_form" in text and "MissingGradient" in text
 
 
 def test_every_internal_link_has_an_end(book):
     ids, lost = {}, []
     for path in book.rglob("*.html"):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         ids[path] = set(re.findall(r'\b(?:id|name)="([^"]+)"', text))
     for path in ids:
         if path.parent.name not in ("nbs", "back"): continue
-        for href in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', path.read_text()):
+        for href in re.findall(r'<a\b[^>]*\bhref="([^"]+)"', path.read_text(encoding="utf-8")):
             if re.match(r"[a-z]+:", href): continue
             file, _, anchor = unescape(href).partition("#")
             end = (path.parent / unquote(file)).resolve() if file else path

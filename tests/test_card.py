@@ -98,4 +98,4 @@ def test_every_command_is_a_known_experiment_or_test_and_every_chapter_exists(ca
 
 
 def test_the_card_is_in_the_book():
-    assert "nbs/29_reproduction_card" in (ROOT / "_toc.yml").read_text()
+    assert "nbs/29_reproduction_card" in (ROOT / "_toc.yml").read_text(encoding="utf-8")

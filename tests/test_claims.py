@@ -55,7 +55,7 @@ def test_chapter_11_counts_false_alarms():
 
 
 def test_chapter_11_leaves_no_answer_out_silently():
-    text = (ROOT / "nbs" / "11_when_it_works.ipynb").read_text()
+    text = (ROOT / "nbs" / "11_when_it_works.ipynb").read_text(encoding="utf-8")
     foretold, = re.findall(r'"(\d+) attacks: true minus foretold', text)
     left_out, all_of_them = re.findall(r"(\d+) of (\d+) answers have no foretold error", text)[-1]
     assert int(foretold) + int(left_out) == int(all_of_them)
@@ -232,7 +232,7 @@ def test_chapter_17_counts_who_is_known_again_below_20_db():
 
 
 def test_chapter_27_names_both_things_that_deit_small_lacks_for_theorem_4():
-    report = json.loads((ROOT / "results" / "audits" / "timm-deit_small_patch16_224.json").read_text())
+    report = json.loads((ROOT / "results" / "audits" / "timm-deit_small_patch16_224.json").read_text(encoding="utf-8"))
     solved = {s["name"]: s for a in report["attacks"] if a["name"] == "subspace" for s in a["systems"]}
     left, unknowns = report["sizes"]["C"] - report["sizes"]["P"] - 1, solved["patches"]["rank"]
     assert f"show only {solved['tokens']['rank']} directions of the {solved['tokens']['expected_rank']} tokens" in prose("27_models")

@@ -142,7 +142,7 @@ def test_a_closed_pipe_is_one_line():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-@pytest.mark.parametrize("command", [["attack", "--model", "vit_mnist"], ["audit", "--model", "ours:vit_mnist", "--budget", "0"], ["attack", "--help"]])
+@pytest.mark.parametrize("command", [["attack", "--model", "vit_mnist"], ["audit", "--model", "ours:vit_mnist", "--budget", "0"], ["attack", "--help"], ["--help"]])
 def test_reports_print_on_narrow_streams(encoding, command):
     run = subprocess.run([APRIL, *command], capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": encoding})
     assert run.returncode == 0 and run.stderr == b"" and len(run.stdout.decode(encoding)) > 200
@@ -241,7 +241,7 @@ def test_names_read_in_a_modules_source_are_those_of_its_tables(place):
 
 
 def test_every_table_that_a_help_text_names_is_among_those_held_above():
-    assert {*re.findall(r"\{([a-z]\w*\.[A-Z][\w.]+)\}", Path(cli.__file__).read_text())} - {"module.TABLE"} <= {*TABLES}
+    assert {*re.findall(r"\{([a-z]\w*\.[A-Z][\w.]+)\}", Path(cli.__file__).read_text(encoding="utf-8"))} - {"module.TABLE"} <= {*TABLES}
 
 
 @pytest.mark.parametrize("command, groups", [
@@ -258,16 +258,20 @@ def test_restarts_budget_and_device_are_options_wherever_an_attack_runs(command)
     for option in ("--restarts N", "--budget SECONDS", "--device"): assert option in text
 
 
-def test_an_interruption_before_the_command_line_is_loaded_is_one_line():
-    code = ("import sys\n"
+@pytest.mark.parametrize("module, left", [("april_nb.cli", "nothing was begun"), ("typer", "nothing was begun"), ("torch", cli.INTERRUPTED),
+                                          ("numpy", cli.INTERRUPTED)])
+def test_an_interruption_while_a_module_is_loaded_is_one_line(module, left):
+    code = ("import signal, sys\n"
             "class Now:\n"
             "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'typer': raise KeyboardInterrupt\n"
+            f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
             "from april_nb.__main__ import main\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # a shell lets its background jobs ignore it
             "sys.meta_path.insert(0, Now())\n"
             "main()")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (130, "", "april: interrupted; nothing was begun\n")
+    run = subprocess.run([sys.executable, "-c", code, "attack", "--model", "vit_mnist"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (130, "") and run.stderr.startswith("april: interrupted") and run.stderr.endswith(f"{left}\n")
+    assert run.stderr.count("\n") == 1
 
 
 def test_an_attack_that_was_not_named_is_printed_with_the_reason_for_it():
@@ -323,7 +327,7 @@ def test_what_a_search_keeps_belongs_to_it_alone(tmp_path):
     assert (tmp_path / "search").read_bytes() == before
     (tmp_path / "search").write_text("something else")
     run = april("attack", *SEARCH, "--method", "dlg", *kept)
-    assert run.returncode == 2 and "is not what a search keeps" in run.stderr and (tmp_path / "search").read_text() == "something else"
+    assert run.returncode == 2 and "is not what a search keeps" in run.stderr and (tmp_path / "search").read_text(encoding="utf-8") == "something else"
 
 
 def test_images_of_a_batch_that_were_found_are_not_searched_for_again(tmp_path):

@@ -29,20 +29,20 @@ def copy(tmp_path, monkeypatch):
 
 def test_modules_equal_notebooks(copy):
     nbdev_export()
-    made = {p.name: p.read_text() for p in (copy / "april_nb").glob("*.py")}
-    kept = {p.name: p.read_text() for p in (ROOT / "april_nb").glob("*.py")}
+    made = {p.name: p.read_text(encoding="utf-8") for p in (copy / "april_nb").glob("*.py")}
+    kept = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "april_nb").glob("*.py")}
     assert made == kept, "run nbdev_export"
 
 
 def test_notebooks_are_clean(copy):
     nbdev_clean("nbs")
-    for path in NOTEBOOKS: assert (copy / "nbs" / path.name).read_text() == path.read_text(), f"run nbdev_clean on {path.name}"
+    for path in NOTEBOOKS: assert (copy / "nbs" / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"run nbdev_clean on {path.name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs_at_quick_size(path, monkeypatch):
     monkeypatch.setenv("APRIL_PRESET", "quick")
-    notebook = chapters.read(path.read_text())
+    notebook = chapters.read(path.read_text(encoding="utf-8"))
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell not in chapters.runnable(notebook): cell.source = ""
     NotebookClient(notebook, timeout=600, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
@@ -52,7 +52,7 @@ def test_notebook_runs_at_quick_size(path, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_can_be_shown(path):
     assert path.stat().st_size < 1_000_000
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         outputs = cell.get("outputs", [])
         assert not any(o["output_type"] == "error" or o.get("name") == "stderr" for o in outputs), "".join(cell["source"])
@@ -72,4 +72,4 @@ def test_version_is_said_once():
     config.read(ROOT / "settings.ini")
     import april_nb
     assert april_nb.__version__ == config["DEFAULT"]["version"]
-    assert f"version: {april_nb.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"version: {april_nb.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

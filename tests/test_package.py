@@ -199,7 +199,7 @@ def test_the_package_runs_without_the_tools_of_the_book():
                "flwr",      # the extra `flower`: `federation` is Flower's apps and nothing else may import it
                "ray"}       # the extra `ray`: `runner` imports it where `--ray` asks for it
     for path in (ROOT / "april_nb").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in names:
                 top = name.split(".")[0]

@@ -8,7 +8,7 @@ import safetensors.torch
 import april_nb
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_snippets_run_as_they_stand_one_after_the_other(capsys, tmp_path, monkeypatch):
@@ -25,13 +25,13 @@ def test_the_snippets_run_as_they_stand_one_after_the_other(capsys, tmp_path, mo
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_every_file_it_links_exists(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()): assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")): assert (ROOT / target).exists(), target
 
 
 def test_the_newest_change_is_this_version():
-    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == april_nb.__version__
+    assert re.search(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == april_nb.__version__
 
 
 def test_every_make_target_it_names_exists():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert set(re.findall(r"make (\w+)", README.split("## Two commands")[1])) <= targets

@@ -7,7 +7,7 @@ import pytest
 from april_nb.runner import group, read_rows, select, values
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = [line.split(" | ") for line in (ROOT / "back" / "results.md").read_text().splitlines() if line.startswith("|")]
+LINES = [line.split(" | ") for line in (ROOT / "back" / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
 DATA = ("mnist", "cifar10", "imagenet")
 
 

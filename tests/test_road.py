@@ -12,7 +12,7 @@ import published
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-TOC = (ROOT / "_toc.yml").read_text()
+TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
 ORDER = re.findall(r"nbs/(\w+)", TOC)
 
 
@@ -50,7 +50,7 @@ def test_the_attack_of_algorithm_2_has_no_more_than_fifteen_lines():
 
 
 def test_the_readme_is_no_longer_than_two_screens():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 90
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 90
 
 
 def test_times_are_those_of_chapters_that_exist_and_say_what_they_ran_on():
@@ -63,7 +63,7 @@ def test_times_are_those_of_chapters_that_exist_and_say_what_they_ran_on():
 
 def test_a_page_says_how_long_its_stored_run_took(tmp_path, monkeypatch):
     monkeypatch.setattr(chapters, "TIMES", tmp_path / "chapters.csv")
-    text = (ROOT / "nbs" / "06_linear.ipynb").read_text()
+    text = (ROOT / "nbs" / "06_linear.ipynb").read_text(encoding="utf-8")
     source = [text]
     chapters.cost(None, "nbs/06_linear", source)
     assert source == [text]   # nothing is said that was not measured
@@ -85,4 +85,4 @@ def test_buttons_appear_with_the_address_and_not_before(url, shown):
 
 
 def test_the_address_stands_in_one_place():
-    assert re.search(r"^repository:.*\n  url: \"\"", (ROOT / "_config.yml").read_text(), re.M)
+    assert re.search(r"^repository:.*\n  url: \"\"", (ROOT / "_config.yml").read_text(encoding="utf-8"), re.M)

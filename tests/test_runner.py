@@ -32,7 +32,7 @@ def april(*args, **more):
 def table(path):
     """A CSV's rows as text, without what a clock says."""
     seconds = COLUMNS.index("seconds")
-    return [[v for i, v in enumerate(line.split(",")) if i != seconds] for line in path.read_text().splitlines()]
+    return [[v for i, v in enumerate(line.split(",")) if i != seconds] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def slices(seed=0, n=4, steps=2):
@@ -50,12 +50,12 @@ def wait_for(condition, seconds=120):
 
 def ended(pid):
     """Has a process ended? One that nobody waited for has, too."""
-    try: return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    try: return " Z " in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except FileNotFoundError: return True
 
 
 def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
@@ -92,7 +92,7 @@ def test_two_runs_share_the_work_and_make_nothing_twice(tmp_path):
     spy = "import april_nb.experiments as e, os; f = e.attack_slice; g = lambda a, ids, *r: (open(f\"{os.environ['SHARED']}/{os.getpid()}.log\", 'a').write(f'{a.method} {ids}\\n'), f(a, ids, *r))[1]; e.attack_slice = g\n"
     both = [subprocess.Popen([sys.executable, "-c", spy + APRIL[2], "run", *map(str, args)], env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait(180) for p in both] == [0, 0]
-    logs = [p.read_text().splitlines() for p in tmp_path.glob("*.log")]
+    logs = [p.read_text(encoding="utf-8").splitlines() for p in tmp_path.glob("*.log")]
     made = [line for log in logs for line in log]
     assert len(logs) == 2, "each of them did some"
     assert len(made) == len(set(made)) == 8
@@ -227,7 +227,7 @@ def cluster(monkeypatch):
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")   # other processes' memory is not this test's affair
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'april_nb[ray]'")
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
     from ray.cluster_utils import Cluster
     small = dict(object_store_memory=10 ** 8, include_dashboard=False)
     nodes = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))

@@ -44,7 +44,7 @@ def test_a_function_is_a_function_whatever_was_imported_first(first):
 
 
 def test_the_page_of_the_api_lists_the_names_that_need_no_modules():
-    page = (Path(__file__).parent.parent / "back" / "api.md").read_text().partition("need no module's name: ")[2].partition("\n")[0]
+    page = (Path(__file__).parent.parent / "back" / "api.md").read_text(encoding="utf-8").partition("need no module's name: ")[2].partition("\n")[0]
     assert {*re.findall(r"`(\w+)`", page)} == {name for name in april_nb.__all__ if not inspect.ismodule(getattr(april_nb, name))}
 
 
@@ -99,6 +99,11 @@ def test_attack_refuses_what_cannot_be_asked_in_one_line(round_of_one, asked, wo
     model, _, _, update = round_of_one
     with pytest.raises(april_nb.AprilError) as error: attack(model, update, **asked)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_models_name_is_no_model(round_of_one):
+    *_, update = round_of_one
+    with pytest.raises(april_nb.AprilError, match=r"of type str: pass a torch.nn.Module; april_nb.named_model"): attack("vit_mnist", update)
 
 
 def test_gradients_that_are_no_update_are_refused(round_of_one):

@@ -366,7 +366,7 @@ def test_the_package_imports_without_timm_transformers_opacus_peft_and_flower():
 def test_no_module_but_views_knows_a_name_of_a_library():
     for path in Path(april_nb.__file__).parent.glob("*.py"):
         if path.stem in ("views", "_modidx"): continue
-        strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         assert not strings & {"pos_embed", "cls_token", "encoder.pos_embedding", "patch_embed.proj", "conv_proj"}
 
 

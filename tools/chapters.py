@@ -54,7 +54,7 @@ def runnable(notebook):
 def times():
     """The runs that `tools/execute.py` has noted: a dictionary for each chapter and size."""
     if not TIMES.exists(): return []
-    with open(TIMES, newline="") as file: return list(csv.DictReader(file))
+    with open(TIMES, newline="", encoding="utf-8") as file: return list(csv.DictReader(file))
 
 
 def cost(app, docname, source):

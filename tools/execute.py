@@ -40,7 +40,7 @@ def note(chapter, seconds):
            "torch": torch.__version__, "day": time.strftime("%Y-%m-%d")}
     kept = [r for r in chapters.times() if (r["chapter"], r["preset"]) != (row["chapter"], row["preset"])]
     chapters.TIMES.parent.mkdir(exist_ok=True)
-    with open(chapters.TIMES, "w", newline="") as file:
+    with open(chapters.TIMES, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(row), lineterminator="\n")
         table.writeheader()
         table.writerows(sorted([*kept, row], key=lambda r: (r["chapter"], r["preset"])))

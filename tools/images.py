@@ -36,5 +36,5 @@ if __name__ == "__main__":
         if images.name != name: sys.exit("set APRIL_DATA to the folder of data sets")
         table, path = list(rows(images)), ROOT / "results" / "images" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
-        with open(path, "w", newline="") as file: csv.writer(file).writerows([COLUMNS, *table])
+        with open(path, "w", newline="", encoding="utf-8") as file: csv.writer(file).writerows([COLUMNS, *table])
         print(f"{path.name}: {len(table)} images")

@@ -11,7 +11,7 @@ def clean(app, exception):
     """Rewrites every page once it is written."""
     if exception is None and app.builder.format == "html":
         for page in Path(app.outdir).rglob("*.html"):
-            page.write_text(ONLINE.sub("", page.read_text()))
+            page.write_text(ONLINE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def setup(app):
