@@ -307,6 +307,11 @@ DEFENDED = [(spec.split(), "learned", "shared") for spec in (
     "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
     "withhold:positions withhold:patch", "withhold:positions withhold:patch withhold:block", "withhold:body")]
 DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
+# what Flower's clients send at rate 0.01: weights, alone; behind `fixedclipping_mod` of norm 0.01; behind
+# `LocalDpMod(1, 1, ε, 1e-5)` with the deviation that it computes, of ε = 10⁷ and 10⁶
+DEFENDED += [(spec.split(), "learned", "shared") for spec in (
+    "weights:0.01", "clip:1 weights:0.01",
+    *(f"clip:100 gaussian:{(2 * math.log(1.25 / 1e-5)) ** 0.5 / ε / 0.01:.6g} weights:0.01" for ε in (1e7, 1e6)))]
 
 def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
