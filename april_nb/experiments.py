@@ -542,7 +542,7 @@ class PrivateTraining:
 @dataclass(frozen=True)
 class Federation:
     """One federation of Flower's on the CIFAR-10 model, and what closed forms read in its messages; of batches, Theorem 5."""
-    terms: Mapping[str, object]  # what differs from `april_nb.federation.TERMS`
+    terms: Mapping[str, Any]     # what differs from `april_nb.federation.TERMS`
     init: str = "timm"           # or "torch"
     dtype: str = "float32"       # of the weights
     rounds: int = 1              # of training

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -26,7 +27,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .certificate import Reconstruction
 from .data import load, sample
 from .federated import AprilError, Update
 from .patch import patch_leakage
@@ -109,7 +109,7 @@ class Curious(FedAvg):
     def __init__(
         self,
         model: nn.Module,  # of the clients' architecture; left untouched
-        attack: Callable[[nn.Module, Update], Reconstruction] = patch_leakage,
+        attack: Callable[[nn.Module, Update], Any] = patch_leakage,  # whose answers are kept
         **options,         # of FedAvg
     ):
         super().__init__(fraction_evaluate=0.0, **options)
@@ -164,7 +164,7 @@ def federate(
     model: nn.Module,  # that the server sends first
     rounds: int = 1,   # of training
     clients: int = 4,  # with images of their own
-    attack: Callable[[nn.Module, Update], Reconstruction] = patch_leakage,
+    attack: Callable[[nn.Module, Update], Any] = patch_leakage,  # whose answers are kept
     app: ClientApp = client,  # what a client runs
     wrap: Callable[[Strategy], Strategy] = lambda strategy: strategy,   # of the server's strategy
     **terms: object,   # what differs from `TERMS`, with _ for -
