@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['open_once', 'EXPERIMENTS', 'SAME', 'TRAININGS', 'images_of', 'name_of_data', 'Arm', 'trained', 'Round', 'play',
-           'attack_slice', 'Training', 'PrivateTraining', 'Lesson', 'Slice', 'victims_at_once', 'plan', 'run',
-           'chosen_arms']
+           'attack_slice', 'Training', 'PrivateTraining', 'Federation', 'Lesson', 'Slice', 'victims_at_once', 'plan',
+           'run', 'chosen_arms']
 
 # %% ../nbs/91_experiments.ipynb #8b583152
 #| code-fold: true
+import copy
 import functools
+import itertools
 import math
 import os
 import time
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -307,6 +310,11 @@ DEFENDED = [(spec.split(), "learned", "shared") for spec in (
     "topk:0.5", "topk:0.1", "quantize:12", "quantize:8", "withhold:positions", "withhold:patch",
     "withhold:positions withhold:patch", "withhold:positions withhold:patch withhold:block", "withhold:body")]
 DEFENDED += [([], "sincos2d", "shared"), ([], "learned", "secret")]
+# what Flower's clients send at rate 0.01: weights, alone; behind `fixedclipping_mod` of norm 0.01; behind
+# `LocalDpMod(1, 1, ε, 1e-5)` with the deviation that it computes, of ε = 10⁷ and 10⁶
+DEFENDED += [(spec.split(), "learned", "shared") for spec in (
+    "weights:0.01", "clip:1 weights:0.01",
+    *(f"clip:100 gaussian:{(2 * math.log(1.25 / 1e-5)) ** 0.5 / ε / 0.01:.6g} weights:0.01" for ε in (1e7, 1e6)))]
 
 def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
@@ -531,6 +539,67 @@ class PrivateTraining:
         return rows
 
 # %% ../nbs/91_experiments.ipynb #fc0e4247
+@dataclass(frozen=True)
+class Federation:
+    """One federation of Flower's on the CIFAR-10 model, and what closed forms read in its messages; of batches, Theorem 5."""
+    terms: Mapping[str, Any]     # what differs from `april_nb.federation.TERMS`
+    init: str = "timm"           # or "torch"
+    dtype: str = "float32"       # of the weights
+    rounds: int = 1              # of training
+    clients: int = 10            # each with images of its own
+    read: int = 0                # the round whose messages are read (default: all)
+    defence: str = ""            # see `april_nb.federation.behind`
+    columns: ClassVar = COLUMNS  # of its rows
+
+    @property
+    def steps(self) -> int:   # of the federation
+        """Rounds."""
+        return self.rounds
+
+    def title(self) -> str:   # for a progress bar
+        """What differs."""
+        return self.row(0)["config"]
+
+    def row(self, seed: int) -> dict:   # the columns of `KEY` but for experiment, method, settings, steps and image
+        """What is the same in all rows of one federation."""
+        read = {"read": self.read} if self.read else {}
+        fixed = {"init": self.init, "clients": self.clients, "rounds": self.rounds} | read | dict(self.terms)
+        defended = {"defense": self.defence} if self.defence else {}
+        return dict(dataset=name_of_data("cifar10"), arch="B", seed=seed, labels="none", positions="learned",
+                    dtype=self.dtype, config=" ".join(f"{k}={v}" for k, v in (fixed | defended).items()))
+
+    def once(
+        self,
+        seed: int,            # of the weights and of Flower's noise
+        where: torch.device,  # for the name of it: clients and server compute on the CPU
+        watch: Callable[[int, float], None] = lambda step, loss: None,  # told each round
+    ) -> list[dict]:          # a row for each round, client, closed form and reading
+        """Plays the federation and reads its messages: as sent, and mended where decay or Adam can be undone."""
+        from april_nb.federation import behind, federate, mended, private, update_of
+        np.random.seed(seed)   # Flower draws its noise from NumPy's global generator
+        model, rows = vit("vit_cifar", "B", self.init, seed).to(getattr(torch, self.dtype)), []
+        normalisation = FORMATS["cifar10"].normalisation
+        app, wrap = behind(self.defence, self.clients)
+        seen, _ = federate(model, self.rounds, self.clients, lambda model, update: copy.deepcopy(model), app, wrap, **self.terms)
+        each, to_mend = self.terms.get("images", 1), {"optimiser", "weight-decay"} & set(self.terms)
+        ids = sample(images_of("cifar10").labels, self.clients * each)
+        methods = ("spans",) if each > 1 else ("patch", "ridge") if self.defence else ("patch",)
+        for (number, who), before in sorted(seen.found.items(), key=lambda pair: pair[0]):
+            if self.read not in (0, number): continue
+            reply, start = seen.replies[number, who], time.perf_counter()
+            reads = {"sent": update_of(reply, before, seen.terms)}
+            if to_mend: reads["mended"] = mended(before, reply, seen.terms)
+            for (reading, update), method in itertools.product(reads.items(), methods):
+                answer = ATTACKS[method](before, [update])[0]
+                truth = private(who - 1, self.clients, each)[0]
+                common = self.row(seed) | made(torch.device("cpu"), start) | dict(
+                    method=method, settings=reading, steps=number, loss=least_loss(answer), verdict=answer.verdict)
+                rows += [common | vars(score) | {"image_id": i} for i, score in zip(
+                    ids[(who - 1) * each:who * each], scores(all_of(answer.images, truth), truth, normalisation))]
+            watch(number, reply.content["metrics"]["loss"])
+        return rows
+
+# %% ../nbs/91_experiments.ipynb #8adc6e71
 def position_trainings(preset):
     """What fixed positions cost in accuracy (chapter 19)."""
     images, epochs, seeds = {"quick": (200, 1, 1), "paper": (10_000, 3, 3)}[preset]
@@ -543,14 +612,31 @@ def noise_trainings(preset):
     for z, lrs in rates.items():
         for lr in lrs: yield PrivateTraining("mnist", z, lr=lr, **some), {"quick": 1, "paper": 2}[preset]
 
-# %% ../nbs/91_experiments.ipynb #8e04439f
-TRAININGS = {"positions": position_trainings, "sgd-noise": noise_trainings}
+
+def federations(preset):
+    """What Flower's clients send: rates, optimisers, rounds, and the defences that Flower ships (chapter 30)."""
+    of = partial(Federation, clients={"quick": 2, "paper": 10}[preset])
+    for init in ("torch", "timm"):
+        for lr in (0.1, 0.01, 0.001): yield of({"lr": lr}, init), 1
+    five, adam = {"epochs": 5}, {"optimiser": "adam", "lr": 0.001}
+    for terms in ({}, five, five | {"momentum": 0.9}, five | {"momentum": 0.9, "weight-decay": 0.01},
+                  adam, adam | {"optimiser": "adamw", "weight-decay": 0.01}, adam | five):
+        for dtype in ("float32", "float64"): yield of(terms, dtype=dtype), 1
+    for terms in ({"lr": 0.01}, adam): yield of(terms, "torch", rounds={"quick": 2, "paper": 10}[preset]), 1
+    for defence in ("clip:0.1", "clip:0.01", "central:0.01", "local:1e8", "local:1e7", "local:1e6", "local:1e5"):
+        yield of({}, defence=defence), 1
+    inits, later = {"quick": (("torch",), (1,)), "paper": (("torch", "timm"), (1, 2, 5))}[preset]
+    for init, r in itertools.product(inits, later):
+        yield Federation({"images": 2, "batch": 2, "lr": 0.1}, init, rounds=r, clients=2, read=r), 1
+
+# %% ../nbs/91_experiments.ipynb #be4f45be
+TRAININGS = {"federation": federations, "positions": position_trainings, "sgd-noise": noise_trainings}
 
 @dataclass(frozen=True)
 class Lesson:
     """One training run of an experiment."""
     experiment: str                        # one of `TRAININGS`
-    training: Training | PrivateTraining   # what is trained
+    training: Training | PrivateTraining | Federation   # what is trained
     seed: int                              # of the weights and of what is drawn
 
     @property

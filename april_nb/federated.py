@@ -55,6 +55,7 @@ def brief(
 ) -> str:           # as it may stand in a line
     """A value cut short: what a stranger wrote can be long."""
     if isinstance(value, Exception): return str(value).partition("\n")[0][:200]
+    if isinstance(value, (Mapping, nn.Module)): return f"of type {type(value).__name__}"   # to print tensors takes long
     if isinstance(value, int) and value.bit_length() > 64: return f"a number of {value.bit_length()} bits"
     return " ".join(reprlib.repr(value).split())
 

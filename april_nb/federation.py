@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'client', 'server', 'optimiser_of', 'private', 'train', 'steps_of', 'update_of', 'Curious', 'InProcess',
-           'look', 'at_rest', 'undo_adam']
+           'federate', 'look', 'at_rest', 'undo_adam', 'mended', 'behind']
 
 # %% ../nbs/30_federation.ipynb #1454e0f9
 #| code-fold: true
 import copy
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as Clipped
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Central
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .certificate import Reconstruction
 from .data import load, sample
-from .federated import Update
+from .federated import AprilError, Update
 from .patch import patch_leakage
 from .vit import vit
 
@@ -105,7 +109,7 @@ class Curious(FedAvg):
     def __init__(
         self,
         model: nn.Module,  # of the clients' architecture; left untouched
-        attack: Callable[[nn.Module, Update], Reconstruction] = patch_leakage,
+        attack: Callable[[nn.Module, Update], Any] = patch_leakage,  # whose answers are kept
         **options,         # of FedAvg
     ):
         super().__init__(fraction_evaluate=0.0, **options)
@@ -155,6 +159,22 @@ class InProcess(Grid):
 
     set_run = run = create_message = push_messages = pull_messages = None   # a strategy asks for none of these
 
+# %% ../nbs/30_federation.ipynb #0ff51af1
+def federate(
+    model: nn.Module,  # that the server sends first
+    rounds: int = 1,   # of training
+    clients: int = 4,  # with images of their own
+    attack: Callable[[nn.Module, Update], Any] = patch_leakage,  # whose answers are kept
+    app: ClientApp = client,  # what a client runs
+    wrap: Callable[[Strategy], Strategy] = lambda strategy: strategy,   # of the server's strategy
+    **terms: object,   # what differs from `TERMS`, with _ for -
+) -> tuple[Curious, Result]:  # the strategy that looked, and Flower's own result
+    """A federation in this process under a curious server; reproducible, for Flower's order of clients is seeded."""
+    random.seed(0)   # sums of floats depend on the order
+    curious = Curious(model, attack)
+    chosen = ConfigRecord(TERMS | {name.replace("_", "-"): value for name, value in terms.items()})
+    return curious, wrap(curious).start(InProcess(app, clients), ArrayRecord(model.state_dict()), rounds, train_config=chosen)
+
 # %% ../nbs/30_federation.ipynb #d1d93c5b
 server = ServerApp()
 
@@ -196,3 +216,40 @@ def undo_adam(
         left = (1 - r.double().abs()).clamp(min=torch.finfo(r.dtype).eps)
         return (eps * r / left).to(r.dtype)
     return replace(update, gradients={name: undone(r) for name, r in update.gradients.items()})
+
+# %% ../nbs/30_federation.ipynb #01cd025b
+def mended(
+    before: nn.Module,  # the weights that the client was sent
+    reply: Message,     # what it sent back
+    terms: Mapping[str, object],  # as in `TERMS`
+) -> Update:            # of `update_of`, made better
+    """The update with weight decay taken off and a first step of Adam undone."""
+    update = update_of(reply, at_rest(before, terms), terms)
+    return undo_adam(update) if str(terms["optimiser"]).startswith("adam") else update
+
+# %% ../nbs/30_federation.ipynb #5da90849
+def behind(
+    defence: str,  # NAME:VALUE, see the errors; "" for none
+    clients: int,  # in a round
+) -> tuple[ClientApp, Callable[[Strategy], Strategy]]:  # what a client runs, and what wraps a strategy
+    """One of the defences that Flower ships, around the client of this chapter or around a strategy.
+
+    Noise is drawn from NumPy's global generator, by Flower.
+
+    Raises
+    ------
+    AprilError
+        If there is no such defence.
+    """
+    name, _, value = defence.partition(":")
+    plain = lambda strategy: strategy
+    def modified(mod):
+        app = ClientApp(mods=[mod])
+        app.train()(train)
+        return app
+    if name == "": return client, plain
+    if name == "clip": return modified(fixedclipping_mod), lambda strategy: Clipped(strategy, 0.0, float(value), clients)
+    if name == "central": return client, lambda strategy: Central(strategy, 1.0, float(value), clients)
+    if name == "local": return modified(LocalDpMod(1.0, 1.0, float(value), 1e-5)), plain
+    raise AprilError(f"no defence {defence!r} of Flower's: clip:NORM, central:NORM (noise multiplier 1) or local:EPSILON "
+                     "(norm and sensitivity 1, δ = 1e-5)")

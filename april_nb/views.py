@@ -253,8 +253,8 @@ def unwrap(
 # %% ../nbs/03_views.ipynb #f3ff365a
 UNSERVED = {   # pattern in the names of a model's tensors → why no attack can read it, and what to do
     r"(^|\.)lora_|\.base_layer\.":
-        "LoRA trains and sends only its matrices A and B, and Theorems 1 to 4 read none of them; "
-        "to audit full training, give the model without adapters",
+        "LoRA trains and sends only its matrices A and B: give the model without adapters, and Theorem 4 what "
+        "april_nb.models.without_adapters makes of the update",
     r"(^|\.)parametrizations\.|\.weight_[gv]$|\.weight_orig$":
         "a parametrised weight is computed from tensors that no theorem reads: take weight norm off first "
         "(torch.nn.utils.parametrize.remove_parametrizations)",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from april_nb import defenses
 from april_nb.closed_form import closed_form
-from april_nb.defenses import (clip, defense, gaussian, laplace, noise_generator, parts, quantize, top_k, total_norm,
-                               withhold)
+from april_nb.defenses import (as_weights, clip, defense, gaussian, laplace, noise_generator, parts, quantize, top_k,
+                               total_norm, withhold)
 from april_nb.experiments import Arm, Slice, attack_slice
 from april_nb.federated import AprilError, MissingGradient, Update, client_update, load_update, save_update
 from april_nb.labels import restore_labels
@@ -46,7 +46,8 @@ def attacked(arch="A"):
 
 ALL = [("gaussian", lambda u, g: gaussian(u, 0.1, g)), ("laplace", lambda u, g: laplace(u, 0.1, g, "rms")),
        ("clip", lambda u, g: clip(u, 0.5)), ("topk", lambda u, g: top_k(u, 0.3)),
-       ("quantize", lambda u, g: quantize(u, 6)), ("withhold", lambda u, g: withhold(u, ["w1"]))]
+       ("quantize", lambda u, g: quantize(u, 6)), ("weights", lambda u, g: as_weights(u, u.gradients, 0.1)),
+       ("withhold", lambda u, g: withhold(u, ["w1"]))]
 
 
 @pytest.mark.parametrize("name, defend", ALL, ids=[n for n, _ in ALL])
@@ -181,7 +182,7 @@ def test_defences_compose_in_order_and_the_trace_survives_the_disk(tmp_path):
     assert client_update(*attacked()[:1], torch.zeros(1, 1, 28, 28), torch.tensor([0])).defenses == ()
 
 
-SPECS = ["gaussian:0.01", "gaussian:0.1*norm", "laplace:0.001*rms", "clip:1", "topk:0.01", "quantize:8"]
+SPECS = ["gaussian:0.01", "gaussian:0.1*norm", "laplace:0.001*rms", "clip:1", "topk:0.01", "quantize:8", "weights:0.01"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -205,7 +206,7 @@ BAD = {"gauss:1": "unknown defence 'gauss': choose from gaussian", "": "unknown 
        "gaussian:": "give one value", "gaussian:x": "give one value", "gaussian:1*foo": "give one value", "gaussian:1*": "give one value",
        "gaussian:nan": "positive number", "laplace:-1": "positive number", "laplace:inf": "positive number", "gaussian:1*rms*rms": "give one value",
        "clip": "such as clip:1", "clip:0": "positive number", "clip:1*norm": "give one value", "clip:1:2": "give one value",
-       "topk:2": r"\(0, 1\]", "topk:0": r"\(0, 1\]", "topk:nan": r"\(0, 1\]", "quantize:1": "from 2 to 32", "quantize:33": "from 2 to 32",
+       "weights:0": "must be a positive", "topk:2": r"\(0, 1\]", "topk:0": r"\(0, 1\]", "topk:nan": r"\(0, 1\]", "quantize:1": "from 2 to 32", "quantize:33": "from 2 to 32",
        "quantize:8.5": "give one value", "withhold": "parts are positions, patch, block", "withhold:head": "parts are", "withhold:": "parts are"}
 
 
@@ -303,3 +304,14 @@ def test_every_defence_has_an_example_that_works():
     model, update = attacked()
     for name, text in defenses.EXAMPLES.items():
         for spec in text.split(" or "): assert defense(spec, view(model), noise_generator(0))(update).defenses[0].startswith(name)
+
+
+@given(seed=st.integers(0, 2**20), lr=st.floats(1e-3, 10.0), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_weights_say_of_gradients_what_their_own_format_leaves(seed, lr, dtype):
+    update, weights = update_of(seed, dtype), update_of(seed + 1, dtype, scales=(1.0, 10.0, 1e-3)).gradients
+    sent = as_weights(update, weights, lr)
+    for name, g in update.gradients.items():
+        bound = (2 * lr * g.abs() + weights[name].abs()) * torch.finfo(dtype).eps / lr
+        assert ((sent[name] - g).abs() <= bound).all()
+    assert not torch.equal(flat(sent), flat(update))
+    with pytest.raises(AprilError, match="the learning rate must be a positive number"): as_weights(update, weights, 0.0)

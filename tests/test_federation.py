@@ -1,18 +1,27 @@
 """A Flower federation in this process: what its messages say, and that nobody's training notices who looks."""
 import copy
+import itertools
+import math
 import random
 import socket
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
-from flwr.serverapp.strategy import FedAvg
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
+from flwr.serverapp.strategy import (DifferentialPrivacyClientSideFixedClipping,
+                                     DifferentialPrivacyServerSideFixedClipping, FedAvg)
 from flwr.supercore.object_ref import load_app
 from torch.nn import functional as F
 
+from april_nb.defenses import compose, noise_generator, total_norm
 from april_nb.federated import Update, client_update
-from april_nb.federation import TERMS, Curious, InProcess, at_rest, client, private, server, steps_of, undo_adam, update_of
+from april_nb.federation import (TERMS, Curious, InProcess, at_rest, client, private, server, steps_of, train, undo_adam,
+                                 update_of)
 from april_nb.patch import patch_leakage
+from april_nb.views import view
 from april_nb.vit import vit
 
 
@@ -21,11 +30,11 @@ def model():
     return vit("vit_cifar", "B", "timm")
 
 
-def ask(model, clients=2, rounds=1, strategy=None, **terms):
+def ask(model, clients=2, rounds=1, strategy=None, app=client, wrap=lambda strategy: strategy, **terms):
     """A strategy after a federation, and Flower's result."""
     strategy = strategy or Curious(model)
     terms = {name.replace("_", "-"): value for name, value in terms.items()}
-    result = strategy.start(InProcess(client, clients), ArrayRecord(model.state_dict()), rounds,
+    result = wrap(strategy).start(InProcess(app, clients), ArrayRecord(model.state_dict()), rounds,
                             train_config=ConfigRecord(TERMS | terms))
     return strategy, result
 
@@ -125,3 +134,32 @@ def test_clients_hold_images_of_their_own():
     images = torch.cat([private(i, 4, 2)[0] for i in range(4)])
     pairs = F.pdist(images.flatten(1))
     assert images.shape == (8, 3, 32, 32) and pairs.min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["clipped by clients", "clipped by the server, central noise", "local noise"])
+def test_flowers_defences_are_compositions_of_the_books(model, dtype, kind, monkeypatch):
+    """Flower's own mods and wrappers beside `defenses.compose`: the same client's round, the same draws of noise."""
+    sender, S, lr, ε = copy.deepcopy(model).to(dtype), 0.02, 0.01, 1e5
+    local, σ = kind == "local noise", (2 * math.log(1.25 / 1e-5)) ** 0.5 / ε
+    g = noise_generator(0)
+    drawn = {name: torch.randn(p.shape, dtype=dtype, generator=g) for name, p in sorted(sender.named_parameters())}
+    turns = itertools.cycle([drawn[name].numpy() for name in sender.state_dict()])   # the same for both clients
+    monkeypatch.setattr(np.random, "normal", lambda mean, std, shape: mean - std * next(turns))   # on w₁, not on w − w₁
+    app = client if "server" in kind else ClientApp(mods=[LocalDpMod(S, 1.0, ε, 1e-5) if local else fixedclipping_mod])
+    if app is not client: app.train()(train)
+    wraps = {"clipped by clients": lambda strategy: DifferentialPrivacyClientSideFixedClipping(strategy, 0.0, S, 2),
+             "clipped by the server, central noise": lambda strategy: DifferentialPrivacyServerSideFixedClipping(strategy, 1.0, S, 2)}
+    curious, result = ask(sender, app=app, wrap=wraps.get(kind, lambda strategy: strategy), lr=lr)
+    flowers = update_of(curious.replies[1, 1], sender, curious.terms)
+    x, y = private(0, 2, 1)
+    honest = client_update(sender, x.to(dtype), y)
+    assert total_norm(honest) > 2 * S / lr, "or nothing would be clipped"
+    specs = [f"clip:{S / lr}", *[f"gaussian:{σ / lr!r}"] * local, f"weights:{lr}"]
+    ours = compose(specs, view(sender), noise_generator(0))(honest)
+    for name, w in sender.named_parameters():   # Flower rounds the weights up to three times, the book once
+        largest = (w.detach().abs() + (6 * σ if local else 0)) * 4 * torch.finfo(dtype).eps / lr
+        assert ((flowers[name] - ours[name]).abs() <= largest + 1e-6 * ours[name].abs()).all(), name
+        assert distance(ours[name], honest[name]) > 1e-3
+    published = (result.arrays.to_torch_state_dict()["positions"] - sender.positions.detach()).square().mean().sqrt()
+    assert ("central" in kind) == (published > S / 4), "central noise is in the model that is published, not in what is read"

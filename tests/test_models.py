@@ -1,4 +1,5 @@
 """Claims about your own model: a hand-written one is registered and proved, a library's goes by name."""
+import copy
 import json
 import logging
 import sys
@@ -15,11 +16,11 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, ViTConfig, ViTMAEConfig
 
 from april_nb.data import FORMATS, format_of
-from april_nb.federated import AprilError, client_update
+from april_nb.federated import AprilError, Update, client_update
 from april_nb.labels import restore_labels
 from april_nb.matching import Matcher, plain_shares
 from april_nb.metrics import psnr
-from april_nb.models import BUILDERS, LIBRARIES, named_model, normalisation_of
+from april_nb.models import BUILDERS, LIBRARIES, named_model, normalisation_of, without_adapters
 from april_nb.patch import patch_leakage
 from april_nb.subspace import subspace_leakage
 from april_nb.views import NotApplicable, check_view, register_view, view
@@ -333,3 +334,43 @@ def test_a_model_of_one_channel_is_normalised_by_one_number(tmp_path):
 
 
 def test_every_library_is_listed(): assert LIBRARIES == ("ours", "torchvision", "timm", "hf")
+
+
+class LoRA(nn.Module):
+    """As PEFT lays it out."""
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.base_layer, self.scaling = layer, 2.0
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, layer.out_features, bias=False)})
+    def forward(self, x): return self.base_layer(x) + self.scaling * self.lora_B["default"](self.lora_A["default"](x))
+
+
+def lora(server, rank, parts="qkv"):
+    """A frozen model with LoRA on its first attention, and an image's gradient in float64."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(server).requires_grad_(False)
+    for part in parts: setattr(model.blocks[0].attention, part, LoRA(getattr(model.blocks[0].attention, part), rank))
+    x = torch.rand(1, 3, 32, 32, dtype=torch.double)
+    return x, client_update(model.double(), x, torch.tensor([1]))
+
+
+@pytest.mark.parametrize("rank, parts, found", [(8, "qkv", True), (5, "qkv", False), (12, "qv", True), (8, "qv", False)])
+def test_theorem_4_reads_lora_where_the_rows_are_as_many_as_the_tokens(rank, parts, found):
+    server = vit("vit_cifar", "B")
+    x, sent = lora(server, rank, parts)
+    assert all("lora_" in name for name in sent.gradients)
+    update = without_adapters(server, Update({f"base_model.model.{name}": g for name, g in sent.gradients.items()}))
+    answer = subspace_leakage(server, update)
+    assert (answer.systems[1].rank == 17) == found
+    assert (psnr(answer.images, x).item() > 60) == found and (answer.verdict == "not-unique") != found
+
+
+def test_adapters_of_another_model_or_none_are_one_line(rank=4):
+    server = vit("vit_cifar", "B")
+    _, sent = lora(server, rank)
+    with pytest.raises(AprilError, match="adapts no layer of this model") as error: without_adapters(vit("vit_cifar", "B", width=96), sent)
+    assert "\n" not in str(error.value)
+    with pytest.raises(AprilError, match="needs no translation"): without_adapters(server, Update({"head.bias": torch.ones(10)}))
+    kept = without_adapters(server, replace(sent, gradients={**sent.gradients, "head.bias": torch.ones(10)}))
+    assert torch.equal(kept["head.bias"], torch.ones(10)) and not any("lora" in name for name in kept.gradients)

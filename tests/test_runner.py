@@ -220,35 +220,37 @@ def test_without_ray_the_line_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(AprilError, match=r"pip install 'april_nb\[ray\]'"): run("closed_form", tmp_path, n=1, dataset="mnist", ray="local")
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """A head without CPUs for tasks, and two nodes with one each, on this machine."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")   # other processes' memory is not this test's affair
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs for tasks, and two nodes with one each, on this machine; the first test kills one of them."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
     from ray.cluster_utils import Cluster
     small = dict(object_store_memory=10 ** 8, include_dashboard=False)
-    nodes = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))
-    try:
-        yield nodes, [nodes.add_node(num_cpus=1, object_store_memory=10 ** 8) for _ in range(2)]
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("APRIL_DATA", raising=False)
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_health_check_period_ms", "500")
+        environment.setenv("RAY_memory_monitor_refresh_ms", "0")   # other processes' memory is not this test's affair
+        environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        nodes = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **small))
+        try:
+            yield nodes, [nodes.add_node(num_cpus=1, object_store_memory=10 ** 8) for _ in range(2)]
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
 
 
 def test_a_cluster_that_loses_a_node_in_mid_run_makes_the_same_rows_once(cluster, tmp_path):
     nodes, (doomed, _) = cluster
     here, there = tmp_path / "here" / "table1.csv", tmp_path / "there" / "table1.csv"
     for path in (here, there): path.parent.mkdir()
-    works = slices(n=6, steps=60)
+    works = slices(n=4, steps=30)
     killed = []
     def kill(*_):
         if not killed: killed.append(nodes.remove_node(doomed, allow_graceful=False))
     carry_out(works, Store(here, COLUMNS), lambda: in_process(CPU, QUIET), QUIET)
     carry_out(works, Store(there, COLUMNS), lambda: runner.on_ray(nodes.address, CPU), kill)
-    assert killed and table(here) == table(there) and len(read_rows(there)) == 6
+    assert killed and table(here) == table(there) and len(read_rows(there)) == 4
 
 
 def test_an_error_of_an_attack_on_ray_is_the_same_line_as_here(cluster, tmp_path):
