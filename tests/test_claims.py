@@ -145,6 +145,14 @@ def test_chapter_16_counts_attacks_where_it_counted_images():
         assert table_row(text, str(batch), *how, labels)[0] == str(attacks)
 
 
+def test_chapters_16_and_22_say_what_l_bfgs_in_pixels_makes_of_batches_and_of_how_many():
+    some = {B: [r for r in ROWS("fig4") if f"batch={B} " in r["config"] and "lbfgs" in r["config"]] for B in (2, 4, 8)}
+    db = [f"{values(rows, 'psnr').quantile(0.5):.0f}" for rows in some.values()]
+    assert "come to {}, {} and {} dB in 1,500 steps".format(*db) in prose("22_separation")
+    words = {1: "one", 8: "eight"}
+    assert "{} pairs, {} batches of four and {} of eight".format(*(words[len(some[B]) // B] for B in some)) in prose("16_batches")
+
+
 def test_without_positions_every_order_of_the_patches_has_the_same_update():
     model = vit("vit_cifar", "B", positions="none").double()
     g = torch.Generator().manual_seed(0)
