@@ -14,6 +14,7 @@ from april_nb.experiments import Arm
 from april_nb.runner import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
+from april_nb.patch import patch_leakage
 from april_nb.privacy import noise_for
 from april_nb.subspace import subspace_leakage
 from april_nb.vit import from_patches, to_patches, vit
@@ -78,6 +79,17 @@ def test_a_batch_comes_back_as_a_matrix_average_only_if_the_patch_embedding_has_
     returned, average, W = batch_answer(128)   # C < D = 192
     assert (returned - average).norm() > 0.1 * average.norm()
     torch.testing.assert_close(returned, average @ torch.linalg.pinv(W) @ W, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", "AB")
+def test_of_four_patches_larger_than_a_token_theorem_3_has_every_pixel_and_algorithm_1_has_not(arch):
+    model, n, x = vit("vit_cifar", arch, patch=16), FORMATS["cifar10"].normalisation, photos(FORMATS["cifar10"]).batch([0])[0]
+    update = client_update(model, n(x).float(), torch.tensor([3]))
+    answer = patch_leakage(model, update)
+    assert model.patch.weight.shape == (384, 768) and answer.verdict == "exact"
+    assert psnr(n.inverse(answer.images), x).item() > 140
+    if arch == "A": assert psnr(n.inverse(closed_form(model, update).images), x).item() < 25
+    assert "Algorithm 1 could not return them exactly" in prose("02_vit") and "[Theorem 3](20_patch.ipynb) could" in prose("02_vit")
 
 
 def test_the_images_of_the_experiments_have_official_indices():
