@@ -373,7 +373,7 @@ def text(
     lines += ["", "what the update tells"]
     width = max((len(p["name"]) for p in report["parameters"]), default=0)
     lines += [f"  {p['name']:{width}}  {p['status']:8}  {p['leaks']} ({p['theorem']})" for p in report["parameters"]]
-    lines += [f"  {report['others']} others: compared by gradient matching only", "", "attacks"]
+    lines += [f"  {report['others']} others: spans of their layers' inputs (Theorem 5), or gradient matching only", "", "attacks"]
     for a in report["attacks"]:
         lines += [f"{mark(a)} {a['name']:11}  {a['verdict']:14}  {number(a['psnr']):>6}  "
                   f"{a['theorem']}, {a['seconds']:.1f} s", f"      {a['reason']}"]

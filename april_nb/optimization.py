@@ -32,6 +32,7 @@ class Settings:
     cosine: bool = False       # compare directions? else squared distance
     relative: bool = False     # each tensor's squared distance over its own squared norm?
     position: float = 0.0      # α, the weight of the position embedding's direction (Eq. 12)
+    absolute: bool = False     # is α said beside ‖∇w' − ∇w‖² as it is, as Eq. 12 prints it? else over ‖∇w‖²
     l1: float = 0.0            # λ₁, the weight of the L1 distance
     tv: float = 0.0            # λ_TV, the weight of the images' total variation
     optimiser: str = "adam"    # "adam", "signed" (Adam on the gradient's sign) or "lbfgs"
@@ -65,7 +66,9 @@ def objective(
     if settings.cosine: loss = 1 - shares.cosine()
     elif settings.relative: loss = shares.relative_distance()
     else: loss = shares.distance() / shares.target.sum(1)
-    if settings.position: loss = loss + settings.position * (1 - shares.cosine({positions: 1.0}))
+    if settings.position:
+        α = settings.position / (shares.target.sum(1) if settings.absolute else 1)   # all of Eq. 12 over ‖∇w‖²
+        loss = loss + α * (1 - shares.cosine({positions: 1.0}))
     if settings.l1: loss = loss + settings.l1 * shares.l1
     if settings.tv: loss = loss + settings.tv * total_variation(images)
     return loss

@@ -14,6 +14,7 @@ from april_nb.experiments import Arm
 from april_nb.runner import group, read_rows, select, values
 from april_nb.federated import client_update
 from april_nb.metrics import psnr
+from april_nb.patch import patch_leakage
 from april_nb.privacy import noise_for
 from april_nb.subspace import subspace_leakage
 from april_nb.vit import from_patches, to_patches, vit
@@ -80,6 +81,17 @@ def test_a_batch_comes_back_as_a_matrix_average_only_if_the_patch_embedding_has_
     torch.testing.assert_close(returned, average @ torch.linalg.pinv(W) @ W, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("arch", "AB")
+def test_of_four_patches_larger_than_a_token_theorem_3_has_every_pixel_and_algorithm_1_has_not(arch):
+    model, n, x = vit("vit_cifar", arch, patch=16), FORMATS["cifar10"].normalisation, photos(FORMATS["cifar10"]).batch([0])[0]
+    update = client_update(model, n(x).float(), torch.tensor([3]))
+    answer = patch_leakage(model, update)
+    assert model.patch.weight.shape == (384, 768) and answer.verdict == "exact"
+    assert psnr(n.inverse(answer.images), x).item() > 140
+    if arch == "A": assert psnr(n.inverse(closed_form(model, update).images), x).item() < 25
+    assert "Algorithm 1 could not return them exactly" in prose("02_vit") and "[Theorem 3](20_patch.ipynb) could" in prose("02_vit")
+
+
 def test_the_images_of_the_experiments_have_official_indices():
     named = {d: list(csv.DictReader(open(ROOT / "results" / "images" / f"{d}.csv"))) for d in ("mnist", "cifar10", "imagenet")}
     ids = {d: {int(r["image_id"]) for r in rows} for d, rows in named.items()}
@@ -143,6 +155,14 @@ def test_chapter_16_counts_attacks_where_it_counted_images():
         attacks = len({r["loss"] for r in some})
         assert attacks == len(some) // batch and (attacks >= 8 or batch > 2 or labels == "known")
         assert table_row(text, str(batch), *how, labels)[0] == str(attacks)
+
+
+def test_chapters_16_and_22_say_what_l_bfgs_in_pixels_makes_of_batches_and_of_how_many():
+    some = {B: [r for r in ROWS("fig4") if f"batch={B} " in r["config"] and "lbfgs" in r["config"]] for B in (2, 4, 8)}
+    db = [f"{values(rows, 'psnr').quantile(0.5):.0f}" for rows in some.values()]
+    assert "come to {}, {} and {} dB in 1,500 steps".format(*db) in prose("22_separation")
+    words = {1: "one", 8: "eight"}
+    assert "{} pairs, {} batches of four and {} of eight".format(*(words[len(some[B]) // B] for B in some)) in prose("16_batches")
 
 
 def test_without_positions_every_order_of_the_patches_has_the_same_update():

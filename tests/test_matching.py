@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from april_nb.federated import AprilError, Update, client_update
 from april_nb.matching import Matcher, Shares, plain_shares
-from april_nb.optimization import LBFGS, PUBLISHED, RESTART, Settings, match, paper_settings
+from april_nb.optimization import LBFGS, PUBLISHED, RESTART, Settings, match, objective, paper_settings
 from april_nb.vit import ViT, init_torch
 
 
@@ -74,6 +74,18 @@ def tiny(seed=0, n=1):
     g = torch.Generator().manual_seed(1000 + seed)   # not the seed of a first guess
     x, y = torch.randn(n, 1, 8, 8, generator=g, dtype=torch.double), torch.randint(5, (n,), generator=g)
     return model, x, y
+
+
+def test_equation_12_as_printed_is_the_search_of_the_relative_loss_with_another_weight():
+    model, x, y = tiny(n=2)
+    updates, guess = [client_update(model, a[None], b[None]) for a, b in zip(x, y)], torch.zeros_like(x)[:, None].requires_grad_()
+    shares = Matcher(model, updates, dtype=torch.double).shares(guess, y[:, None])
+    norm, printed = shares.target.sum(1), shares.distance() - 3 * shares.cosine({"positions": 1.0})   # Eq. 12 with α = 3
+    ours = objective(shares, guess, Settings(1, position=3.0, absolute=True), "positions")
+    torch.testing.assert_close(*(torch.autograd.grad(l.sum(), guess, retain_graph=True)[0] for l in (norm * ours, printed)))
+    one, = match(model, updates[:1], Settings(5, position=3.0, absolute=True), y[:1, None], dtype=torch.double)
+    same, = match(model, updates[:1], Settings(5, position=3.0 / norm[0].item()), y[:1, None], dtype=torch.double)
+    torch.testing.assert_close(one.images, same.images)
 
 
 def test_victims_do_not_notice_each_other():

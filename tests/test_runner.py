@@ -217,7 +217,7 @@ def test_executors_that_cannot_be_are_refused_in_one_line(args, why, tmp_path):
 
 def test_without_ray_the_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(AprilError, match=r"pip install 'april_nb\[ray\]'"): run("closed_form", tmp_path, n=1, dataset="mnist", ray="local")
+    with pytest.raises(AprilError, match=r"pip install '\.\[ray\]'"): run("closed_form", tmp_path, n=1, dataset="mnist", ray="local")
 
 
 @pytest.fixture(scope="module")
