@@ -409,6 +409,8 @@ def tuning_arms(preset):
         for method in PUBLISHED:
             for lr in (0.1, 0.3, 1.0, 2.0):
                 yield Arm(dataset, "B", method, steps=steps, attack={"lr": lr}, last=True), n
+    printed = {"position": 1.0, "absolute": True}   # Eq. 12 with α = 1
+    yield Arm("cifar10", "B", "april", steps=steps, attack=printed, last=True), n
     for method in PUBLISHED:
         for lr in (0.03, 0.1, 0.3):
             yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
