@@ -761,7 +761,6 @@ def run(
     place = torch.device("cuda" if str(where) == "cuda" else "cpu") if ray else device(str(where))
     experiment = SAME.get(experiment, experiment)
     path = Path(results) / f"{experiment}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if experiment in TRAININGS:
         if dataset or method or settings or steps:
             raise AprilError(f"{experiment} is a training run: it takes --n (seeds), --preset and --seed")

@@ -187,6 +187,7 @@ class Store:
         """
         self.path, self.columns = Path(path), columns
         self.file = self.path.with_name(f".{self.path.stem}.sqlite")
+        self.path.parent.mkdir(parents=True, exist_ok=True)   # or rows of an hour have nowhere to go
         self.owner = f"{socket.gethostname()} {os.getpid()} {uuid4().hex}"
         kinds = ", ".join(f"{c} {TYPES[NUMBERS.get(c, str)]}" for c in columns)
         with self.change() as db:
