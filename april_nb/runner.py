@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-import psutil
 import torch
 
 from .federated import AprilError, brief, whole_file
@@ -169,6 +168,7 @@ def lives(
     host, process, _ = owner.rsplit(" ", 2)
     if until < time.time(): return False
     if host != socket.gethostname(): return True
+    import psutil   # here, so that a machine without it can run experiments
     return psutil.pid_exists(int(process))
 
 class Store:

@@ -197,6 +197,7 @@ def test_the_package_runs_without_the_tools_of_the_book():
                "opacus",    # the extra `privacy`; test_privacy checks that only functions import it
                "timm", "transformers",   # the extras `timm` and `hf`; test_views imports everything without them
                "flwr",      # the extra `flower`: `federation` is Flower's apps and nothing else may import it
+               "psutil",    # `bench` measures with it; `runner` imports it where another process's claim is met
                "ray"}       # the extra `ray`: `runner` imports it where `--ray` asks for it
     for path in (ROOT / "april_nb").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
