@@ -428,12 +428,20 @@ def save_update(
     update: Update,    # what a client sent
     path: str | Path,  # of a safetensors file
 ) -> None:
-    """Writes an update as safetensors, its counts as metadata. All or nothing: see `whole_file`."""
+    """Writes an update as safetensors, its counts as metadata. All or nothing: see `whole_file`.
+
+    Raises
+    ------
+    AprilError
+        If its folder is missing or full.
+    """
     counts = dict(examples=str(update.examples), local_steps=str(update.local_steps),
                   lr="" if update.lr is None else repr(update.lr), withheld="\n".join(update.withheld),
                   defenses="\n".join(update.defenses))
-    with whole_file(path) as part:
-        save_file({n: g.contiguous() for n, g in update.gradients.items()}, part, counts)
+    try:
+        with whole_file(path) as part: save_file({n: g.contiguous() for n, g in update.gradients.items()}, part, counts)
+    except (OSError, SafetensorError) as error:
+        raise AprilError(f"cannot write an update to {path}: {brief(error)}") from error
 
 def load_update(
     path: str | Path,  # of a safetensors file of gradients by parameter name
@@ -445,6 +453,7 @@ def load_update(
     InvalidUpdate
         If the file is missing, no safetensors file, or holds what no client computed.
     """
+    if Path(path).is_dir(): raise InvalidUpdate(f"cannot read an update from {path}: it is a folder; give the file in it")
     try:
         with safe_open(path, "pt") as f:
             tensors, meta = {n: f.get_tensor(n) for n in f.keys()}, f.metadata() or {}

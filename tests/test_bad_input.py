@@ -14,7 +14,7 @@ from torch import nn
 
 from april_nb import data, metrics
 from april_nb.data import FORMATS, DataMissing, Normalisation, load, read_image
-from april_nb.federated import AprilError, InvalidUpdate, client_update, load_update
+from april_nb.federated import AprilError, InvalidUpdate, Update, client_update, load_update, save_update
 from april_nb.models import named_model
 from april_nb.vit import InvalidImage, ViT, guess_positions, vit
 
@@ -204,6 +204,13 @@ def test_a_damaged_mnist_archive_is_one_line(tmp_path, images, labels, squeeze):
 def test_a_checkpoint_in_the_place_of_a_safetensors_file_is_told_the_cure(tmp_path, read, words):
     torch.save(MODEL.state_dict(), path := tmp_path / "u.pth")
     one_line(lambda: read(path), "no safetensors file", "u.pth", *words)
+
+
+def test_a_folder_is_no_update_and_a_missing_one_takes_none(tmp_path):
+    update = Update({"w": torch.ones(2)})
+    one_line(lambda: load_update(tmp_path), "cannot read an update", "it is a folder")
+    one_line(lambda: save_update(update, tmp_path / "none" / "u.safetensors"), "cannot write an update", "No such file or directory")
+    assert not list(tmp_path.iterdir())
 
 
 SIZES = dict(image_size=8, channels=3, patch=4, width=12, depth=2, heads=3, mlp_width=24, classes=10)
