@@ -636,6 +636,14 @@ class Places:
         """(I − Π) h / ‖h‖."""
         return (h - h @ self.second.space.basis @ self.second.space.basis.mT) / h.norm(dim=1, keepdim=True)
 
+    def fit(
+        self,
+        t: Tensor,  # places, shape (n,)
+        u: Tensor,  # coordinates, shape (n, k)
+    ) -> Tensor:    # relative, shape (n,)
+        """How much of the activations lies outside their span."""
+        return self.outside(self.activations(t, u)[0]).norm(dim=1)
+
     def repelled(
         self,
         t: Tensor,      # places, shape (n,)
@@ -668,7 +676,7 @@ class Places:
         heads = hold * self.N[self.k:]
         H, held = heads.mT @ heads, u.clone()
         def cost(on, u):
-            r = self.outside(self.activations(t[on], u)[0]).norm(dim=1) * self.repelled(t[on], u, known)[0].exp()
+            r = self.fit(t[on], u) * self.repelled(t[on], u, known)[0].exp()
             return torch.hypot(r, ((u - held[on]) @ heads.mT).norm(dim=1)) if hold else r
         fit = cost(going, u)
         for _ in range(steps if u.shape[1] else 0):   # without unknowns linear equations alone have decided
@@ -692,7 +700,7 @@ class Places:
             going[on] = ~(better & (left > (1 - STALL) * fit[on])) & (damping[on] < 1e6)
             u[on], fit[on] = torch.where(better[:, None], new, u[on]), torch.where(better, left, fit[on])
             damping[on] = torch.where(better, damping[on] * 0.3, damping[on] * 4).clamp(min=1e-9)
-        return u, self.outside(self.activations(t, u)[0]).norm(dim=1)
+        return u, self.fit(t, u)
 
     def search(
         self,
@@ -715,10 +723,9 @@ class Places:
         for some, u in zip(places.split(chunk), start.split(chunk)):
             if known is not None and len(known.x): u, _ = coarse.descend(some, u, steps, known, hold)
             u, _ = coarse.descend(some, u, steps)   # what stands beside one that is known falls back
-            fit = self.outside(self.activations(some, u)[0]).norm(dim=1)
-            found.append(self.tokens(some, u, fit))
+            found.append(self.tokens(some, u, self.fit(some, u)))
             X = u.new_zeros(len(self.base), len(self.family.R)).index_copy(0, some, found[-1].patch)
-            if not told(fit.min().item(), X): break
+            if not told(found[-1].fit.min().item(), X): break
         return Tokens.together(found)
 
     def tokens(
