@@ -244,13 +244,13 @@ def test_a_cluster_that_loses_a_node_in_mid_run_makes_the_same_rows_once(cluster
     nodes, (doomed, _) = cluster
     here, there = tmp_path / "here" / "table1.csv", tmp_path / "there" / "table1.csv"
     for path in (here, there): path.parent.mkdir()
-    works = slices(n=4, steps=30)
+    works = slices(n=6, steps=60)
     killed = []
     def kill(*_):
         if not killed: killed.append(nodes.remove_node(doomed, allow_graceful=False))
     carry_out(works, Store(here, COLUMNS), lambda: in_process(CPU, QUIET), QUIET)
     carry_out(works, Store(there, COLUMNS), lambda: runner.on_ray(nodes.address, CPU), kill)
-    assert killed and table(here) == table(there) and len(read_rows(there)) == 4
+    assert killed and table(here) == table(there) and len(read_rows(there)) == 6
 
 
 def test_an_error_of_an_attack_on_ray_is_the_same_line_as_here(cluster, tmp_path):
