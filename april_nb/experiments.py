@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -578,11 +577,11 @@ class Federation:
     ) -> list[dict]:          # a row for each round, client, closed form and reading
         """Plays the federation and reads its messages: as sent, and mended where decay or Adam can be undone."""
         from april_nb.federation import behind, federate, mended, private, update_of
-        np.random.seed(seed)   # Flower draws its noise from NumPy's global generator
         model, rows = vit("vit_cifar", "B", self.init, seed).to(getattr(torch, self.dtype)), []
         normalisation = FORMATS["cifar10"].normalisation
         app, wrap = behind(self.defence, self.clients)
-        seen, _ = federate(model, self.rounds, self.clients, lambda model, update: copy.deepcopy(model), app, wrap, **self.terms)
+        seen, _ = federate(model, self.rounds, self.clients, lambda model, update: copy.deepcopy(model),
+                           app, wrap, seed, **self.terms)
         each, to_mend = self.terms.get("images", 1), {"optimiser", "weight-decay"} & set(self.terms)
         ids = sample(images_of("cifar10").labels, self.clients * each)
         methods = ("spans",) if each > 1 else ("patch", "ridge") if self.defence else ("patch",)

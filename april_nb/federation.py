@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'client', 'server', 'optimiser_of', 'private', 'train', 'steps_of', 'update_of', 'Curious', 'InProcess',
-           'federate', 'look', 'at_rest', 'undo_adam', 'mended', 'behind']
+           'draws', 'federate', 'look', 'at_rest', 'undo_adam', 'mended', 'behind']
 
 # %% ../nbs/30_federation.ipynb #1454e0f9
 #| code-fold: true
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -160,6 +162,19 @@ class InProcess(Grid):
     set_run = run = create_message = push_messages = pull_messages = None   # a strategy asks for none of these
 
 # %% ../nbs/30_federation.ipynb #0ff51af1
+@contextmanager
+def draws(
+    seed: int,  # of both
+) -> Iterator[None]:
+    """Seeds Python's and NumPy's global generators, from which Flower draws, and puts them back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try: yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
 def federate(
     model: nn.Module,  # that the server sends first
     rounds: int = 1,   # of training
@@ -167,13 +182,15 @@ def federate(
     attack: Callable[[nn.Module, Update], Any] = patch_leakage,  # whose answers are kept
     app: ClientApp = client,  # what a client runs
     wrap: Callable[[Strategy], Strategy] = lambda strategy: strategy,   # of the server's strategy
+    seed: int = 0,     # of the order of clients, on which sums of floats depend, and of Flower's noise
     **terms: object,   # what differs from `TERMS`, with _ for -
 ) -> tuple[Curious, Result]:  # the strategy that looked, and Flower's own result
-    """A federation in this process under a curious server; reproducible, for Flower's order of clients is seeded."""
-    random.seed(0)   # sums of floats depend on the order
+    """A federation in this process under a curious server; reproducible, for Flower's draws are seeded."""
     curious = Curious(model, attack)
     chosen = ConfigRecord(TERMS | {name.replace("_", "-"): value for name, value in terms.items()})
-    return curious, wrap(curious).start(InProcess(app, clients), ArrayRecord(model.state_dict()), rounds, train_config=chosen)
+    with draws(seed):
+        result = wrap(curious).start(InProcess(app, clients), ArrayRecord(model.state_dict()), rounds, train_config=chosen)
+    return curious, result
 
 # %% ../nbs/30_federation.ipynb #d1d93c5b
 server = ServerApp()

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from april_nb.defenses import compose, noise_generator, total_norm
 from april_nb.federated import Update, client_update
-from april_nb.federation import (TERMS, Curious, InProcess, at_rest, client, private, server, steps_of, train, undo_adam,
-                                 update_of)
+from april_nb.federation import (TERMS, InProcess, at_rest, client, draws, federate, private, server, steps_of, train,
+                                 undo_adam, update_of)
 from april_nb.patch import patch_leakage
 from april_nb.views import view
 from april_nb.vit import vit
@@ -30,15 +30,6 @@ def model():
     return vit("vit_cifar", "B", "timm")
 
 
-def ask(model, clients=2, rounds=1, strategy=None, app=client, wrap=lambda strategy: strategy, **terms):
-    """A strategy after a federation, and Flower's result."""
-    strategy = strategy or Curious(model)
-    terms = {name.replace("_", "-"): value for name, value in terms.items()}
-    result = wrap(strategy).start(InProcess(app, clients), ArrayRecord(model.state_dict()), rounds,
-                            train_config=ConfigRecord(TERMS | terms))
-    return strategy, result
-
-
 def distance(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
@@ -46,7 +37,7 @@ def distance(a, b):
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_update_of_a_message_is_what_the_client_sent(model, epochs):
     double = copy.deepcopy(model).double()
-    curious, _ = ask(double, images=2, batch=2, epochs=epochs)
+    curious, _ = federate(double, clients=2, images=2, batch=2, epochs=epochs)
     for i in (1, 2):
         x, y = private(i - 1, 2, 2)
         update, own = update_of(curious.replies[1, i], double, curious.terms), client_update(double, x, y, local_steps=epochs)
@@ -55,7 +46,7 @@ def test_the_update_of_a_message_is_what_the_client_sent(model, epochs):
 
 
 def test_theorem_3_reads_every_clients_image_in_every_round(model):
-    curious, _ = ask(model, clients=3, rounds=2)
+    curious, _ = federate(model, 2, clients=3)
     assert set(curious.found) == {(r, i) for r in (1, 2) for i in (1, 2, 3)}
     for (_, i), answer in curious.found.items():
         assert distance(answer.images, private(i - 1, 3, 1)[0]) < 1e-2
@@ -63,17 +54,25 @@ def test_theorem_3_reads_every_clients_image_in_every_round(model):
 
 
 def test_training_is_the_same_whether_somebody_looks_or_not(model):
-    trained = []
-    for strategy in (Curious(model), FedAvg(fraction_evaluate=0.0)):
-        random.seed(0)
-        trained.append(ask(model, rounds=2, strategy=strategy)[1].arrays.to_torch_state_dict())
-    assert all(torch.equal(w, trained[1][name]) for name, w in trained[0].items())
-    assert not torch.equal(trained[0]["head.weight"], model.head.weight)
+    watched = federate(model, 2, clients=2)[1].arrays.to_torch_state_dict()
+    with draws(0):
+        honest = FedAvg(fraction_evaluate=0.0).start(InProcess(client, 2), ArrayRecord(model.state_dict()), 2,
+                                                     train_config=ConfigRecord(TERMS)).arrays.to_torch_state_dict()
+    assert all(torch.equal(w, honest[name]) for name, w in watched.items())
+    assert not torch.equal(watched["head.weight"], model.head.weight)
+
+
+def test_a_federation_leaves_the_global_generators_as_they_were(model):
+    random.seed(3)
+    np.random.seed(3)
+    expected = random.Random(3).random(), np.random.RandomState(3).rand()
+    federate(model, clients=2)
+    assert (random.random(), np.random.rand()) == expected
 
 
 def test_the_model_that_was_handed_in_stays_as_it_was(model):
     before = copy.deepcopy(model.state_dict())
-    ask(model, epochs=2)
+    federate(model, clients=2, epochs=2)
     at_rest(model, TERMS | {"weight-decay": 0.1})
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
@@ -82,7 +81,7 @@ def test_the_model_that_was_handed_in_stays_as_it_was(model):
                                    dict(optimiser="adamw", weight_decay=0.1, epochs=1)])
 def test_weight_decay_is_taken_off_exactly(model, terms):
     double = copy.deepcopy(model).double()
-    curious, _ = ask(double, **dict(epochs=3) | terms)
+    curious, _ = federate(double, clients=2, **dict(epochs=3) | terms)
     sent, mended = (update_of(curious.replies[1, 1], before, curious.terms) for before in (double, at_rest(double, curious.terms)))
     if terms.get("optimiser"): mended = undo_adam(mended)
     truth = private(0, 2, 1)[0]
@@ -111,7 +110,7 @@ def test_adams_first_step_is_undone_to_rounding_and_saturates_beyond():
 
 
 def test_a_federation_of_heads_sends_the_classifier_alone(model):
-    curious, _ = ask(model, trained="head")
+    curious, _ = federate(model, clients=2, trained="head")
     update = update_of(curious.replies[1, 1], model, curious.terms)
     assert {name for name, g in update.gradients.items() if g.any()} == {"head.weight", "head.bias"}
     assert curious.found[1, 1].verdict == "nothing-leaks"
@@ -150,7 +149,7 @@ def test_flowers_defences_are_compositions_of_the_books(model, dtype, kind, monk
     if app is not client: app.train()(train)
     wraps = {"clipped by clients": lambda strategy: DifferentialPrivacyClientSideFixedClipping(strategy, 0.0, S, 2),
              "clipped by the server, central noise": lambda strategy: DifferentialPrivacyServerSideFixedClipping(strategy, 1.0, S, 2)}
-    curious, result = ask(sender, app=app, wrap=wraps.get(kind, lambda strategy: strategy), lr=lr)
+    curious, result = federate(sender, clients=2, app=app, wrap=wraps.get(kind, lambda strategy: strategy), lr=lr)
     flowers = update_of(curious.replies[1, 1], sender, curious.terms)
     x, y = private(0, 2, 1)
     honest = client_update(sender, x.to(dtype), y)
