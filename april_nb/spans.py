@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable',
-           'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans', 'Suspect', 'freed',
-           'along', 'jacobian', 'Formed', 'Products', 'descend', 'search', 'mlp_of', 'activation', 'Tokens', 'Places',
-           'first_mlp', 'places_of', 'wanted', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of',
-           'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
-           'unexplained', 'conclude', 'peel', 'spans']
+           'AT_ONCE', 'NEAR', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
+           'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans',
+           'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products', 'own_jacobians',
+           'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'beside', 'wanted', 'begun',
+           'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify',
+           'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel',
+           'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -18,7 +19,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -192,6 +193,35 @@ def linear_spans(
     heard += [h for h in Listener(model, update.gradients)(x) if set(v.qkv) & set(h.names)]
     return [span for span in (span_of(v, update, own, h) for h in heard) if span]
 
+# %% ../nbs/23_spans.ipynb #a53ae700
+def mlp_of(
+    known: Sequence[Span],  # in the order of execution
+) -> tuple[Span, Span] | None:  # of the first MLP's two layers; None if one of them is not known
+    """The first layer that reads a layer norm behind the attention, and the one that reads what follows it."""
+    for first, second in zip(known, known[1:]):
+        if first.norm: return None if second.norm or len(first.names + second.names) > 2 else (first, second)
+
+def activation(
+    model: nn.Module,  # in float64; left untouched
+    first: str,        # name of a linear layer
+    second: str,       # of the next one
+    image: Tensor,     # to run it on, shape (1, channels, H, W)
+) -> nn.Module | None: # φ; None if it is not known, or does not act on every number by itself
+    """What a model does between two linear layers: the modules that ran, held against what the second layer reads."""
+    calls, leaves = [], [(name, m) for name, m in model.named_modules() if not list(m.children())]
+    note = lambda name: lambda module, inputs, output: calls.append((name, module, inputs, output))
+    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+    with torch.no_grad(): model(image)
+    for hook in hooks: hook.remove()
+    names = [call[0] for call in calls]
+    if first not in names or second not in names: return None
+    i, j = names.index(first), names.index(second)
+    φ, y, read = nn.Sequential(*[call[1] for call in calls[i + 1:j]]), calls[i][3], calls[j][2][0]
+    if not torch.equal(φ(y), read): return None
+    y = y.detach().requires_grad_()
+    pull = lambda d: torch.autograd.grad(φ(y), y, d)[0]
+    return φ if torch.allclose(pull(read), pull(torch.ones_like(y)) * read) else None
+
 # %% ../nbs/23_spans.ipynb #0fe58fe0
 DEEP = 4   # layers on which a found image is polished: more cost more and add little
 
@@ -219,6 +249,15 @@ class Suspect:
         """Theorem 4's equations, and the solution that the family holds."""
         e = equations(self.view, self.update)
         return e, e.solve(self.update.dtype)
+
+    @cached_property
+    def mlp(self) -> tuple[tuple[Span, Span], nn.Module] | None:
+        """Spans of the first MLP's two layers, and the activation between them; None if what a part does is not known."""
+        known, model = mlp_of(self.spans), self.listeners[torch.float64].model
+        if known is None or self.view.out is None: return None
+        blank = self.image(torch.zeros(self.shape).to(self.family.h))
+        φ = activation(model, *[span.names[0].removesuffix(".weight") for span in known], blank)
+        return None if φ is None else (known, φ)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -349,7 +388,7 @@ class Products:
         self,
         f: Callable[[Tensor], Tensor],  # of coordinates (k, P), a vector (E,)
         c: Tensor,                      # where, of any shape
-        nearly: Callable[[Tensor], Tensor] = lambda g: g,  # of a flat g, about (JᵀJ)⁻¹ g: the preconditioner
+        nearly: Callable[[Tensor, float], Tensor] = lambda g, damping: g,  # of a flat g, about (JᵀJ + damping)⁻¹ g
     ):
         c = c.float()
         self.shape, self.nearly = c.shape, nearly
@@ -366,19 +405,72 @@ class Products:
         """‖J step‖²."""
         return self.push(step.float().view(self.shape)).square().sum()
 
-    def solve(self, g: Tensor, damping: float, most: int = 60) -> Tensor:
-        """(JᵀJ + damping)⁻¹ g as far as `most` products bring it."""
-        x, left, way = torch.zeros_like(g), g, self.nearly(g)
+    def solve(self, g: Tensor, damping: float, most: int = 60, least: float = 1e-2) -> Tensor:
+        """(JᵀJ + damping)⁻¹ g as far as `most` products bring it, or until `least` of g is left."""
+        damping *= self.scale
+        x, left, way = torch.zeros_like(g), g, self.nearly(g, damping)
         size = first = left @ way
         for _ in range(most):
-            turned = self.slope(self.push(way.view(self.shape))) + damping * self.scale * way
+            turned = self.slope(self.push(way.view(self.shape))) + damping * way
             length = size / (way @ turned)
             x, left = x + length * way, left - length * turned
-            towards = self.nearly(left)
+            towards = self.nearly(left, damping)
             before, size = size, left @ towards
-            if size < 1e-8 * first: break
+            if size < least ** 2 * first: break
             way = towards + size / before * way
         return x
+
+# %% ../nbs/23_spans.ipynb #9b1f2c7e
+def own_jacobians(
+    suspect: Suspect,        # of an update
+    mlp: tuple[Span, Span],  # spans of its first MLP's two layers
+    φ: nn.Module,            # the activation between them
+    image: Tensor,           # shape (1, channels, H, W)
+    into: Tensor,            # what unknowns add to the stream behind the first attention, shape (C, n); in the format to compute in
+) -> Iterator[tuple[Tensor, Tensor]]:  # for each patch's place, shapes (C, n) and (H, n)
+    """What both layers read of a token, differentiated by the unknowns."""
+    v, P = suspect.view, suspect.shape[1]
+    norm, W = suspect.listeners[torch.float64].model.get_submodule(mlp[0].norm), v.weight(mlp[0].names[0])
+    γ, β = norm.weight.double(), norm.bias.double()
+    centred = lambda u: u - u.mean(-1, keepdim=True)
+    x = v.stream(image[0])
+    Z = centred(x[-P:] + v.attended(x)[-P:] @ v.weight(v.out).mT + v.bias(v.out))
+    σ = (Z.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    read = ((Z / σ * γ + β) @ W.mT + v.bias(mlp[0].names[0])).requires_grad_()
+    slope, = torch.autograd.grad(φ(read).sum(), read)
+    Z, Y, σ, slope, γ, β, W, into = (u.to(into) for u in (Z, Z * γ @ W.mT, σ, slope, γ, β, W, centred(into.mT).mT))
+    first = γ[:, None] * into
+    second = W @ first
+    for z, y, s, by in zip(Z, Y, σ, slope):
+        ds = z @ into / len(z) / s
+        yield first + β[:, None] * ds, by[:, None] * (second / s - y[:, None] * ds / s ** 2)
+
+def by_places(
+    suspect: Suspect,         # of an update
+    spans: Sequence[Span],    # whose residual is minimised
+    units: Sequence[Tensor],  # for each
+) -> Callable[[Tensor], Callable[[Tensor, float], Tensor]]:  # of coordinates, a preconditioner for `Products`
+    """(JᵀJ + damping)⁻¹ but for what attention carries from one place to others; the identity if the first MLP is not judged."""
+    (k, P), v = suspect.shape, suspect.view
+    judged = {span.names: unit[-P:].float() for span, unit in zip(spans, units)}
+    if suspect.mlp is None or not {span.names for span in suspect.mlp[0]} <= judged.keys(): return lambda c: lambda g, damping: g
+    mlp, φ = suspect.mlp
+    into = (v.weight(v.patch_weight) @ suspect.family.R @ suspect.family.Q).float()
+    def block(t, parts):
+        A = 0.0
+        for span, part in zip(mlp, parts):
+            V, part = span.space.basis.float(), part / judged[span.names][t]
+            part = part - V @ (V.mT @ part)
+            A = A + (part.mT @ part).double()
+        return A
+    def nearly(c):
+        A = torch.stack([block(t, parts) for t, parts in enumerate(own_jacobians(suspect, mlp, φ, suspect.image(c), into))])
+        I, size = torch.eye(k).to(A), A.diagonal(dim1=1, dim2=2).mean().item()
+        def solve(g, damping):
+            L = torch.linalg.cholesky(A + (damping + 1e-6 * size) * I)   # formed in float32
+            return torch.cholesky_solve(g.to(A).view(k, P).mT[..., None], L)[..., 0].mT.flatten().to(g)
+        return solve
+    return nearly
 
 # %% ../nbs/23_spans.ipynb #0cb628dc
 ARRIVED = 10.0  # a residual of this many times what errors explain: at the truth, give or take their estimate
@@ -392,10 +484,11 @@ def descend(
     steps: int,                     # at most
     told: Callable[[Tensor, float], bool] = lambda c, r: True,  # of coordinates and residual; False ends it
     damping: float = 1e-3,          # at the start, in units of the mean of JᵀJ's diagonal
+    nearly: Callable[[Tensor], Callable[[Tensor, float], Tensor]] = lambda c: lambda g, damping: g,  # for `Products`
 ) -> tuple[Tensor, Tensor, "Formed | Products | None"]:  # coordinates; residual there (E,); the last step's linear model
     """Gauss–Newton with Levenberg–Marquardt damping."""
     r, growth, slow, model, kept = f(c), 2.0, 0, None, False
-    Model = Formed if c.numel() * len(r) <= FORMED else Products
+    Model = Formed if c.numel() * len(r) <= FORMED else lambda f, c: Products(f, c, nearly(c))
     for _ in range(steps if c.numel() else 0):   # without unknowns linear equations alone have decided
         model = model if kept else Model(f, c)
         g, cost = model.slope(r), r.square().sum()
@@ -415,6 +508,19 @@ def descend(
     return c, r, model
 
 # %% ../nbs/23_spans.ipynb #8ee5e1ec
+def whole(
+    suspect: Suspect,        # of what is left of an update
+    c: Tensor,               # first guess, shape (k, P)
+    spans: Sequence[Span],   # on which
+    steps: int,              # at most
+    told: Callable[[Tensor, float], bool],  # of coordinates and residual at every step; False ends it
+) -> tuple[Tensor, float]:   # coordinates, shape (k, P), and their fit
+    """The image to which a first guess leads on the spans of some layers."""
+    units = suspect.units(suspect.image(c), spans)
+    c, *_ = descend(lambda c: suspect.residual(c, spans, units), c, steps, told, nearly=by_places(suspect, spans, units))
+    units = suspect.units(suspect.image(c), spans)   # the errors of another image are others
+    return c, suspect.residual(c, spans, units).square().mean().sqrt().item()
+
 def search(
     suspect: Suspect,             # of what is left of an update
     generator: torch.Generator,   # of the first guess
@@ -424,39 +530,8 @@ def search(
     """One image from one first guess: the shallowest layers until it stands, then one more."""
     c = suspect.draw(generator)
     for spans in (suspect.shallow, suspect.wider):
-        units = suspect.units(suspect.image(c), spans)
-        c, *_ = descend(lambda c: suspect.residual(c, spans, units), c, steps, told)
-    units = suspect.units(suspect.image(c), suspect.wider)
-    return c, suspect.residual(c, suspect.wider, units).square().mean().sqrt().item()
-
-# %% ../nbs/23_spans.ipynb #a53ae700
-def mlp_of(
-    known: Sequence[Span],  # in the order of execution
-) -> tuple[Span, Span] | None:  # of the first MLP's two layers; None if one of them is not known
-    """The first layer that reads a layer norm behind the attention, and the one that reads what follows it."""
-    for first, second in zip(known, known[1:]):
-        if first.norm: return None if second.norm or len(first.names + second.names) > 2 else (first, second)
-
-def activation(
-    model: nn.Module,  # in float64; left untouched
-    first: str,        # name of a linear layer
-    second: str,       # of the next one
-    image: Tensor,     # to run it on, shape (1, channels, H, W)
-) -> nn.Module | None: # φ; None if it is not known, or does not act on every number by itself
-    """What a model does between two linear layers: the modules that ran, held against what the second layer reads."""
-    calls, leaves = [], [(name, m) for name, m in model.named_modules() if not list(m.children())]
-    note = lambda name: lambda module, inputs, output: calls.append((name, module, inputs, output))
-    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
-    with torch.no_grad(): model(image)
-    for hook in hooks: hook.remove()
-    names = [call[0] for call in calls]
-    if first not in names or second not in names: return None
-    i, j = names.index(first), names.index(second)
-    φ, y, read = nn.Sequential(*[call[1] for call in calls[i + 1:j]]), calls[i][3], calls[j][2][0]
-    if not torch.equal(φ(y), read): return None
-    y = y.detach().requires_grad_()
-    pull = lambda d: torch.autograd.grad(φ(y), y, d)[0]
-    return φ if torch.allclose(pull(read), pull(torch.ones_like(y)) * read) else None
+        c, fit = whole(suspect, c, spans, steps, told)
+    return c, fit
 
 # %% ../nbs/23_spans.ipynb #32c35ff1
 @dataclass(frozen=True)
@@ -773,27 +848,25 @@ class Places:
         return self.tokens(none.long(), none.view(0, self.N.shape[1]), none)
 
 # %% ../nbs/23_spans.ipynb #60c506ab
-def first_mlp(
-    suspect: Suspect,  # of an update
-) -> tuple[tuple[Span, Span], nn.Module] | None:  # spans of its two layers, and φ; None where a part is missing
-    """The first block's MLP, if what its parts do to single tokens is known."""
-    mlp = mlp_of(suspect.spans)
-    if mlp is None or suspect.view.out is None: return None
-    model, blank = suspect.listeners[torch.float64].model, suspect.image(torch.zeros(suspect.shape).to(suspect.family.h))
-    φ = activation(model, *[span.names[0].removesuffix(".weight") for span in mlp], blank)
-    return None if φ is None else (mlp, φ)
-
 def places_of(
     suspect: Suspect,  # of an update
     update: Update,    # the same
 ) -> Places | None:    # None where a part is missing, or equations are fewer than unknowns
     """The equations of single tokens, if they can be asked."""
-    parts = first_mlp(suspect)
-    places = parts and Places(suspect, update, *parts)
+    places = suspect.mlp and Places(suspect, update, *suspect.mlp)
     return places if places and places.unknowns < places.equations else None
 
 # %% ../nbs/23_spans.ipynb #b4def595
 NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
+BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
+
+def beside(
+    tokens: Tokens,  # found so far
+    P: int,          # places
+) -> tuple[Tensor, Tensor]:  # of each token and each other, shape (n, n); of each token and each place, shape (n, P)
+    """Which tokens stand in one image, all alike, and how many of its image's stand at each place."""
+    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
+    return near, near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()
 
 def wanted(
     tokens: Tokens,  # found so far
@@ -803,13 +876,27 @@ def wanted(
     """What an image that lacks tokens would have: in every second draw the one that lacks fewest, in others any, all alike."""
     everywhere = torch.arange(P)
     if not len(tokens.o): return None, everywhere
-    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
-    there = near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()   # of each token's image, how many at each place
+    near, there = beside(tokens, P)
     lacks = (there == 0).sum(1)
     if torch.rand((), generator=generator) < 0.5 and lacks.any(): i = torch.where(lacks > 0, lacks, P + 1).argmin().item()
     else: i = torch.multinomial(1 / near.double().sum(0), 1, generator=generator).item()
     lacking = everywhere[there[i] == 0]
     return tokens.o[i], lacking.repeat(P // len(lacking)) if len(lacking) else everywhere
+
+def begun(
+    tokens: Tokens,  # found so far, the best first
+    P: int,          # places
+) -> tuple[Tensor, int]:  # numbers of tokens, at most one for each place; how many places are without one
+    """The image that lacks fewest tokens, but some; of none if that is too many to go on from."""
+    if not len(tokens.o): return torch.arange(0), P
+    near, there = beside(tokens, P)
+    lacks = (there == 0).sum(1)
+    i = torch.where(lacks > 0, lacks, P).argmin().item()
+    if not 0 < lacks[i] <= (1 - BEGUN) * P: return torch.arange(0), P
+    off = torch.where(near[:, i], (tokens.o - tokens.o[i]).norm(dim=1).cpu(), math.inf)
+    there = (there[i] > 0).nonzero()[:, 0]
+    return torch.stack([torch.where(tokens.place.cpu() == t, off, math.inf).argmin() for t in there]), int(lacks[i])
+
 
 # %% ../nbs/23_spans.ipynb #4332df64
 def companions(
@@ -933,22 +1020,12 @@ def certify_tokens(
     v, (k, P), Q = suspect.view, suspect.shape, suspect.family.R @ suspect.family.Q
     three = *[span for span in suspect.spans if v.out in span.names], *mlp
     inputs = [a[-P:] for a in suspect.inputs(image, three)]
-    norm = suspect.listeners[torch.float64].model.get_submodule(mlp[0].norm)
-    γ, β, W = norm.weight.double(), norm.bias.double(), v.weight(mlp[0].names[0])
-    centred = lambda u: u - u.mean(-1, keepdim=True)
-    C = v.weight(v.out).shape[1]
-    into = centred(torch.cat([v.weight(v.patch_weight) @ Q, v.weight(v.out)], 1).mT).mT   # z by c and o
+    into = torch.cat([v.weight(v.patch_weight) @ Q, v.weight(v.out)], 1)   # by c and o
+    C = len(into)
     of_heads = torch.cat([torch.zeros(C, k), torch.eye(C)], 1).to(into)
-    x = v.stream(image[0])
-    Z = centred(x[-P:] + v.attended(x)[-P:] @ v.weight(v.out).mT + v.bias(v.out))
     variance, systems = 0.0, []
-    for t, z in enumerate(Z):
-        σ = (z.square().mean() + norm.eps).sqrt()
-        dσ = z @ into / len(z) / σ
-        read = (W @ (γ * z / σ + β) + v.bias(mlp[0].names[0])).requires_grad_()
-        slope, = torch.autograd.grad(φ(read).sum(), read)
-        first = γ[:, None] * into + β[:, None] * dσ
-        parts = of_heads, first, slope[:, None] * (W @ (γ[:, None] * (into / σ - z[:, None] * dσ / σ ** 2)))
+    for t, read in enumerate(own_jacobians(suspect, mlp, φ, image, into)):
+        parts = of_heads, *read
         J = torch.cat([(span.rest.mT @ part / span.deviation(a[t:t + 1]))
                        for span, a, part in zip(three, inputs, parts[-len(three):])])
         values, vectors = torch.linalg.eigh(J.mT @ J)
@@ -972,8 +1049,7 @@ def certify(
     """
     if not c.numel(): return 0.0, System("spans", 0, 0, 1.0, 0.0)
     if not isinstance(model, Formed):
-        parts = first_mlp(suspect)
-        return certify_tokens(suspect, *parts, suspect.image(c)) if parts else (math.inf, None)
+        return certify_tokens(suspect, *suspect.mlp, suspect.image(c)) if suspect.mlp else (math.inf, None)
     values = torch.linalg.eigvalsh(model.A).clamp_min(0)
     rank = int((values > rank_tolerance(model.JT, torch.float32) ** 2).sum())
     condition = (values[-1] / values[len(values) - rank]).sqrt().item() if rank else math.inf
@@ -1013,7 +1089,8 @@ def polish(
     c = suspect.family.coordinates(to_patches(image, suspect.view.patch))[0]
     spans, units, shown = suspect.deep, suspect.units(image, suspect.deep), 1.0
     for _ in range(2):
-        c, r, model = descend(lambda c: suspect.residual(c, spans, units), c, steps, damping=1e-9)
+        c, r, model = descend(lambda c: suspect.residual(c, spans, units), c, steps, damping=1e-9,
+                              nearly=by_places(suspect, spans, units))
         parts = r.split([len(span.rows) * span.rest.shape[1] for span in spans])
         excess = [part.square().mean().sqrt().clamp_min(1.0).item() for part in parts]
         shown = max(shown, *excess)
@@ -1096,7 +1173,8 @@ class Peeling:
     def by_tokens(self, suspect, places, steps, seeds):
         """Candidates that are complete after each round of first guesses, some at places that an image lacks."""
         sure = self.places or places   # in the whole update no image that was taken off has left an error
-        tokens = sure.nothing() if self.tokens is None else self.tokens if self.places else places.recalled(self.tokens, steps)
+        if self.tokens is None: tokens = sure.nothing()
+        else: tokens = self.tokens if self.places else places.recalled(self.tokens, steps)
         for image in self.images: tokens = tokens.without(sure.standing(image))
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
         P = suspect.shape[1]
@@ -1106,12 +1184,25 @@ class Peeling:
             more = places.search(at.to(suspect.family.h.device), g, steps, replace(tokens, u=places.coordinates(tokens)), like, told)
             if self.late: return
             near = more[(more.fit < NEARLY).nonzero()[:, 0]].without(tokens)
-            tokens = tokens.with_more(sure.recalled(near, steps))
+            before, tokens = len(tokens.x), tokens.with_more(sure.recalled(near, steps))
             if len(tokens.x): self.tokens = tokens
-            whole = [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
-            new = [x for x in whole if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
+            images = [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
+            new = [x for x in images if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
             self.tried = torch.cat([self.tried, *new])
+            some, lacking = begun(tokens, P)
+            if not new and len(tokens.x) - before < lacking < P:   # another round would not complete the image
+                image, fit = self.completed(suspect, tokens[some], g, steps)
+                if self.late: return
+                if fit < ARRIVED: new = [image]
+                else: tokens = tokens.with_more(sure.recalled(sure.standing(image[0]), steps))
             yield new
+
+    def completed(self, suspect, tokens, generator, steps):
+        """The image to which a descent leads that begins with some tokens of one, and its fit."""
+        c = suspect.draw(generator)
+        c[:, tokens.place] = suspect.family.coordinates(tokens.patch, tokens.place)
+        c, fit = whole(suspect, c, suspect.wider, steps, lambda c, fit: self.tell(fit, [suspect.image(c)]))
+        return suspect.image(c), fit
 
     def find(
         self,
@@ -1196,7 +1287,7 @@ def together(
     c = to_patches(peeling.images, peeling.whole.view.patch).mT
     y = torch.tensor([find.label for find in peeling.finds], device=c.device)
     L = torch.linalg.cholesky(torch.stack([find.curvature for find in peeling.finds]))
-    nearly = lambda g: torch.cholesky_solve(g.double().view(len(L), -1, 1), L).flatten().to(g)
+    nearly = lambda g, damping: torch.cholesky_solve(g.double().view(len(L), -1, 1), L).flatten().to(g)
     servers = {dtype: differentiable(peeling.model, dtype) for dtype in (torch.float64, torch.float32)}
     def left(c):
         server = servers[c.dtype]
@@ -1208,7 +1299,7 @@ def together(
     units = {n: units[n] * (part / units[n]).square().mean().sqrt() for n, part in left(c).items()}
     f = lambda c: torch.cat([(part / units[n].to(part)).flatten() for n, part in left(c).items()])
     step, r = Products(f, c, nearly), f(c)
-    new = c - step.solve(step.slope(r), 0.0, PRODUCTS).to(c).view_as(c)
+    new = c - step.solve(step.slope(r), 0.0, PRODUCTS, 1e-4).to(c).view_as(c)
     remains = (f(new).norm() / r.norm()).item()
     return (picture(new.mT), remains) if remains < 1 else (peeling.images, 1.0)
 

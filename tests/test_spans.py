@@ -11,8 +11,9 @@ from torchvision.models import VisionTransformer
 from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update, generator_of
 from april_nb.metrics import best_assignment, psnr
-from april_nb.spans import (Peeling, Suspect, Tokens, activation, assembled, certify_tokens, companions, conclude, first_mlp, freed,
-                            input_spans, jacobian, label_of, places_of, polish, spans, unexplained, wanted)
+from april_nb.spans import (ARRIVED, Formed, Peeling, Products, Suspect, Tokens, activation, assembled, begun, by_places,
+                            certify_tokens, companions, conclude, freed, input_spans, jacobian, label_of, own_jacobians,
+                            places_of, polish, spans, unexplained, wanted)
 from april_nb.separation import family
 from april_nb.subspace import subspace_leakage
 from april_nb.training import train
@@ -231,7 +232,7 @@ def test_without_the_first_mlp_steps_by_products_have_no_certificate(monkeypatch
     model = small()
     x, update = batch(model, [1, 4])
     monkeypatch.setattr("april_nb.spans.FORMED", 0)
-    monkeypatch.setattr("april_nb.spans.first_mlp", lambda suspect: None)
+    monkeypatch.setattr(Suspect, "mlp", None)
     answer, = spans(model, [update])
     assert len(answer.images) < 2 or answer.verdict == "approximate" and "too large" in answer.reason
 
@@ -241,7 +242,7 @@ def test_tokens_foretell_no_smaller_an_error_than_all_layers():
     x, update = batch(model, [1, 4])
     suspect = Suspect(model, update)
     find = polish(suspect, x[:1].double())
-    by_tokens, worst = certify_tokens(suspect, *first_mlp(suspect), find.image)
+    by_tokens, worst = certify_tokens(suspect, *suspect.mlp, find.image)
     true = (find.image - x[:1]).square().mean().sqrt().item()
     assert find.system.unique and worst.unique and find.error < 2 * by_tokens and true < 5 * by_tokens
 
@@ -332,6 +333,52 @@ def test_a_token_names_its_companions_and_a_search_goes_where_an_image_lacks_one
         i = (part.o == like).all(1).nonzero().item()
         assert at.tolist() == ([3, 3, 3, 3] if i >= 8 else [0, 1, 2, 3])
     assert wanted(part[:0], 4, torch.Generator())[1].tolist() == [0, 1, 2, 3]
+
+
+def test_an_image_that_lacks_one_token_of_four_is_found_from_the_others():
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 1, 3])
+    suspect, _, found = tokens_of(model, x, update)
+    part = Tokens.together(found)[torch.arange(11)]
+    some, lacks = begun(part, 4)
+    assert sorted(some.tolist()) == [8, 9, 10] and lacks == 1
+    assert begun(part[:10], 4)[1] == begun(part[:0], 4)[1] == 4, "two of four tokens are too few, and an image that has all of its is none that lacks some"
+    peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
+    fits = [peeling.completed(suspect, part[some], generator_of(seed), 60) for seed in range(4)]
+    arrived = [image for image, fit in fits if fit < ARRIVED]
+    assert arrived and all(psnr(image, x[2:]) > 60 for image in arrived)
+
+
+def test_what_patches_do_to_their_own_tokens_is_the_derivative_of_what_the_mlp_reads():
+    model = small()
+    x, update = batch(model, [1, 2])
+    suspect, v, model = Suspect(model, update), view(model), model.double()
+    (mlp, φ), block = suspect.mlp, model.blocks[0]
+    into = torch.randn(48, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    stream = v.stream(x[0])
+    z = (stream + v.attended(stream) @ v.weight(v.out).mT + v.bias(v.out))[-4:]
+    for t, (first, second) in enumerate(own_jacobians(suspect, mlp, φ, x[:1], into)):
+        def read(u):
+            moved = z[t] + into @ u
+            a = block.norm2(moved)
+            return a * (moved.var(correction=0) + block.norm2.eps).sqrt(), φ(block.mlp[0](a))
+        expected = torch.func.jacrev(read)(torch.zeros(5, dtype=torch.double))
+        torch.testing.assert_close((first, second), expected)
+
+
+def test_after_twenty_products_with_blocks_of_places_a_tenth_of_the_error_is_left_that_is_without():
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 1, 3])
+    suspect = Suspect(model, update)
+    c = suspect.draw(generator_of(0))
+    units = suspect.units(suspect.image(c), suspect.wider)
+    f = lambda c: suspect.residual(c, suspect.wider, units)
+    exact = Formed(f, c)
+    step = exact.solve(exact.slope(f(c)), 1e-6)
+    def off(products, *nearly):
+        model = Products(f, c, *nearly)
+        return ((model.solve(model.slope(f(c)), 1e-6, products, 0.0) - step).norm() / step.norm()).item()
+    assert off(20, by_places(suspect, suspect.wider, units)(c)) < 0.1 * off(20)
 
 
 def test_a_solution_that_is_known_is_none_any_more():
