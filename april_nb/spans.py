@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
+           'AT_ONCE', 'ALIKE', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
            'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans',
            'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products', 'own_jacobians',
            'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'beside', 'wanted', 'begun',
@@ -857,16 +857,22 @@ def places_of(
     return places if places and places.unknowns < places.equations else None
 
 # %% ../nbs/23_spans.ipynb #b4def595
-NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
+ALIKE = 0.7  # of all places: there the tokens nearest to two of one image are the same, while attention is nearly a mean
 BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
 
 def beside(
     tokens: Tokens,  # found so far
     P: int,          # places
 ) -> tuple[Tensor, Tensor]:  # of each token and each other, shape (n, n); of each token and each place, shape (n, P)
-    """Which tokens stand in one image, all alike, and how many of its image's stand at each place."""
-    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
-    return near, near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()
+    """Which tokens stand in one image, all alike, and how many of its image's stand at each place.
+
+    Two tokens do if those whose heads' outputs are nearest to theirs are the same at nearly all places.
+    """
+    off, at = torch.cdist(tokens.o, tokens.o), F.one_hot(tokens.place, P).mT.bool()
+    choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
+    nearest = torch.stack(choices or [torch.arange(len(off)).to(off.device)], 1)
+    near = ((nearest[:, None] == nearest).double().mean(2) > ALIKE).cpu()
+    return near, near.double() @ at.mT.cpu().double()
 
 def wanted(
     tokens: Tokens,  # found so far
@@ -1023,13 +1029,15 @@ def certify_tokens(
     into = torch.cat([v.weight(v.patch_weight) @ Q, v.weight(v.out)], 1)   # by c and o
     C = len(into)
     of_heads = torch.cat([torch.zeros(C, k), torch.eye(C)], 1).to(into)
+    def outside(span, part, unit):   # its Gram matrix
+        within = span.space.basis.mT @ part
+        return (part.mT @ part - within.mT @ within) / unit ** 2
     variance, systems = 0.0, []
     for t, read in enumerate(own_jacobians(suspect, mlp, φ, image, into)):
         parts = of_heads, *read
-        J = torch.cat([(span.rest.mT @ part / span.deviation(a[t:t + 1]))
-                       for span, a, part in zip(three, inputs, parts[-len(three):])])
-        values, vectors = torch.linalg.eigh(J.mT @ J)
-        rank = int((values > rank_tolerance(J, torch.float64) ** 2).sum())
+        A = sum(outside(span, part, span.deviation(a[t:t + 1])) for span, a, part in zip(three, inputs, parts[-len(three):]))
+        values, vectors = torch.linalg.eigh(A)
+        rank = int((values > rank_tolerance(A, torch.float64)).sum())
         condition = (values[-1].clamp_min(0) / values[len(values) - rank]).sqrt().item() if rank else math.inf
         systems.append(System("token", rank, len(values), condition, 0.0))
         variance += (vectors[:k] / values.clamp_min(1e-300).sqrt()).square().sum().item()
