@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'ALIKE', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
+           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
            'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans',
            'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products', 'own_jacobians',
-           'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'beside', 'wanted', 'begun',
-           'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify',
-           'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel',
-           'spans']
+           'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'wanted', 'begun', 'companions',
+           'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error',
+           'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -264,6 +263,10 @@ class Suspect:
         """Shape of the coordinates c, (k, P)."""
         return self.family.Q.shape[1], self.family.h.shape[1]
 
+    def entries(self, spans: Sequence[Span]) -> int:
+        """Of the Jacobian of the residual on some layers."""
+        return math.prod(self.shape) * sum(len(span.rows) * span.rest.shape[1] for span in spans)
+
     @property
     def size(self) -> float:
         """Standard deviation of coordinates."""
@@ -326,12 +329,12 @@ def freed(
 ) -> Suspect | None:   # None if its Jacobian would be too large, or no attention sees a part of a patch
     """One who judges images that may be any: the linear equations, too, are residuals, in units of their errors."""
     D, P = len(suspect.family.R), suspect.shape[1]
-    entries = lambda spans: D * P * sum(len(span.rows) * span.rest.shape[1] for span in spans)
-    if suspect.family.hidden or entries(suspect.deep) > FORMED: return None   # before a rehearsal is played for nothing
     free, I = copy.copy(suspect), torch.eye(D).to(suspect.family.R)
-    free.deep, free.free = [*linear_spans(model, suspect.update), *suspect.deep], True
-    free.family = Family(I, I.new_zeros(D, P), I, suspect.family.systems, D, 0)
-    return free if entries(free.deep) <= FORMED else None
+    free.family, free.free = Family(I, I.new_zeros(D, P), I, suspect.family.systems, D, 0), True
+    if suspect.family.hidden or free.entries(suspect.deep) > FORMED: return None   # before a rehearsal is played for nothing
+    free.deep = [*linear_spans(model, suspect.update), *suspect.deep]
+    return free if free.entries(free.deep) <= FORMED else None
+
 
 # %% ../nbs/23_spans.ipynb #d11bc6f8
 def along(
@@ -857,22 +860,9 @@ def places_of(
     return places if places and places.unknowns < places.equations else None
 
 # %% ../nbs/23_spans.ipynb #b4def595
-ALIKE = 0.7  # of all places: there the tokens nearest to two of one image are the same, while attention is nearly a mean
+NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
+ALIKE = 0.7  # of all places: there, the tokens nearest to two of one image are the same
 BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
-
-def beside(
-    tokens: Tokens,  # found so far
-    P: int,          # places
-) -> tuple[Tensor, Tensor]:  # of each token and each other, shape (n, n); of each token and each place, shape (n, P)
-    """Which tokens stand in one image, all alike, and how many of its image's stand at each place.
-
-    Two tokens do if those whose heads' outputs are nearest to theirs are the same at nearly all places.
-    """
-    off, at = torch.cdist(tokens.o, tokens.o), F.one_hot(tokens.place, P).mT.bool()
-    choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
-    nearest = torch.stack(choices or [torch.arange(len(off)).to(off.device)], 1)
-    near = ((nearest[:, None] == nearest).double().mean(2) > ALIKE).cpu()
-    return near, near.double() @ at.mT.cpu().double()
 
 def wanted(
     tokens: Tokens,  # found so far
@@ -882,7 +872,8 @@ def wanted(
     """What an image that lacks tokens would have: in every second draw the one that lacks fewest, in others any, all alike."""
     everywhere = torch.arange(P)
     if not len(tokens.o): return None, everywhere
-    near, there = beside(tokens, P)
+    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
+    there = near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()   # of each token's image, how many at each place
     lacks = (there == 0).sum(1)
     if torch.rand((), generator=generator) < 0.5 and lacks.any(): i = torch.where(lacks > 0, lacks, P + 1).argmin().item()
     else: i = torch.multinomial(1 / near.double().sum(0), 1, generator=generator).item()
@@ -890,18 +881,25 @@ def wanted(
     return tokens.o[i], lacking.repeat(P // len(lacking)) if len(lacking) else everywhere
 
 def begun(
-    tokens: Tokens,  # found so far, the best first
+    tokens: Tokens,  # found so far
     P: int,          # places
 ) -> tuple[Tensor, int]:  # numbers of tokens, at most one for each place; how many places are without one
-    """The image that lacks fewest tokens, but some; of none if that is too many to go on from."""
-    if not len(tokens.o): return torch.arange(0), P
-    near, there = beside(tokens, P)
-    lacks = (there == 0).sum(1)
-    i = torch.where(lacks > 0, lacks, P).argmin().item()
-    if not 0 < lacks[i] <= (1 - BEGUN) * P: return torch.arange(0), P
-    off = torch.where(near[:, i], (tokens.o - tokens.o[i]).norm(dim=1).cpu(), math.inf)
-    there = (there[i] > 0).nonzero()[:, 0]
-    return torch.stack([torch.where(tokens.place.cpu() == t, off, math.inf).argmin() for t in there]), int(lacks[i])
+    """The image that lacks fewest tokens, but some; of none if that is too many to go on from.
+
+    Tokens stand in one image if at nearly all places the same token's heads gave what is nearest to theirs.
+    """
+    o, place = tokens.o.cpu(), tokens.place.cpu()
+    off, at = torch.cdist(o, o), F.one_hot(place, P).mT.bool()
+    choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
+    if len(choices) < BEGUN * P: return place[:0], P   # too few tokens to tell images apart
+    nearest = torch.stack(choices, 1)
+    near = (nearest[:, None] == nearest).double().mean(2) > ALIKE
+    there = near.double() @ at.mT.double() > 0
+    lacks = (~there).sum(1)
+    i = torch.where(lacks > 0, lacks, P).argmin()
+    if not 0 < lacks[i] <= (1 - BEGUN) * P: return place[:0], P
+    own = torch.where(near[i], off[i], math.inf)
+    return torch.stack([torch.where(at[t], own, math.inf).argmin() for t in there[i].nonzero()[:, 0]]), int(lacks[i])
 
 
 # %% ../nbs/23_spans.ipynb #4332df64
@@ -1185,7 +1183,7 @@ class Peeling:
         else: tokens = self.tokens if self.places else places.recalled(self.tokens, steps)
         for image in self.images: tokens = tokens.without(sure.standing(image))
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
-        P = suspect.shape[1]
+        P, by_products = suspect.shape[1], suspect.entries(suspect.wider) > FORMED
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
             g = generator_of(seed)
             like, at = wanted(tokens, P, g) if seed % 4 else (None, torch.arange(P))
@@ -1197,7 +1195,7 @@ class Peeling:
             images = [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
             new = [x for x in images if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
             self.tried = torch.cat([self.tried, *new])
-            some, lacking = begun(tokens, P)
+            some, lacking = begun(tokens, P) if by_products else (None, P)
             if not new and len(tokens.x) - before < lacking < P:   # another round would not complete the image
                 image, fit = self.completed(suspect, tokens[some], g, steps)
                 if self.late: return
