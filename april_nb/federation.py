@@ -164,7 +164,7 @@ class InProcess(Grid):
 # %% ../nbs/30_federation.ipynb #0ff51af1
 @contextmanager
 def draws(
-    seed: int,           # of both
+    seed: int,        # of both
 ) -> Iterator[None]:  # a context
     """Seeds Python's and NumPy's global generators, from which Flower draws, and puts them back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
