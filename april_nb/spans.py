@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard',
-           'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans', 'linear_spans',
-           'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products', 'own_jacobians',
-           'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'wanted', 'begun', 'companions',
-           'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error',
-           'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
+           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED',
+           'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans',
+           'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products',
+           'own_jacobians', 'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'wanted',
+           'begun', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens',
+           'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude',
+           'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -863,6 +864,7 @@ def places_of(
 NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
 ALIKE = 0.7  # of all places: there, the tokens nearest to two of one image are the same
 BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
+AMPLE = 25   # steps for that: what arrives has arrived by then
 
 def wanted(
     tokens: Tokens,  # found so far
@@ -1207,7 +1209,7 @@ class Peeling:
         """The image to which a descent leads that begins with some tokens of one, and its fit."""
         c = suspect.draw(generator)
         c[:, tokens.place] = suspect.family.coordinates(tokens.patch, tokens.place)
-        c, fit = whole(suspect, c, suspect.wider, steps, lambda c, fit: self.tell(fit, [suspect.image(c)]))
+        c, fit = whole(suspect, c, suspect.wider, min(steps, AMPLE), lambda c, fit: self.tell(fit, [suspect.image(c)]))
         return suspect.image(c), fit
 
     def find(

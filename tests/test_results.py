@@ -91,6 +91,11 @@ def test_batches_image_by_image():
     eights = group(rows("spans", dataset="cifar10", dtype="float32", config=f"init=timm {fresh[2]}"), "loss").values()
     sharp = sum(values(one, "psnr").min() >= 90 for one in eights)
     assert f"eight with timm's weights: {sharp} of ten at 90 dB and more" in result("… timm's weights")
+    for name, dataset, B in (("… four photographs", "photos", 4), ("… five batches of four", "imagenet", 4),
+                             ("… a batch of eight", "imagenet", 8)):
+        classes = "distinct" if dataset == "photos" else "random"
+        some, found, lowest = whole(f"torch batch={B} classes={classes} restarts=10 patch=32", dataset)
+        assert some == found == (5 if "five" in name else 1) and f"lowest {lowest} dB" in result(name)
 
 
 def test_trainings():
