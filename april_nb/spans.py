@@ -7,7 +7,7 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG
            'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED',
            'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans',
            'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products',
-           'own_jacobians', 'by_places', 'descend', 'whole', 'search', 'Tokens', 'Places', 'places_of', 'wanted',
+           'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places', 'places_of', 'wanted',
            'begun', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens',
            'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude',
            'peel', 'spans']
@@ -512,7 +512,7 @@ def descend(
     return c, r, model
 
 # %% ../nbs/23_spans.ipynb #8ee5e1ec
-def whole(
+def one_image(
     suspect: Suspect,        # of what is left of an update
     c: Tensor,               # first guess, shape (k, P)
     spans: Sequence[Span],   # on which
@@ -534,7 +534,7 @@ def search(
     """One image from one first guess: the shallowest layers until it stands, then one more."""
     c = suspect.draw(generator)
     for spans in (suspect.shallow, suspect.wider):
-        c, fit = whole(suspect, c, spans, steps, told)
+        c, fit = one_image(suspect, c, spans, steps, told)
     return c, fit
 
 # %% ../nbs/23_spans.ipynb #32c35ff1
@@ -1209,7 +1209,7 @@ class Peeling:
         """The image to which a descent leads that begins with some tokens of one, and its fit."""
         c = suspect.draw(generator)
         c[:, tokens.place] = suspect.family.coordinates(tokens.patch, tokens.place)
-        c, fit = whole(suspect, c, suspect.wider, min(steps, AMPLE), lambda c, fit: self.tell(fit, [suspect.image(c)]))
+        c, fit = one_image(suspect, c, suspect.wider, min(steps, AMPLE), lambda c, fit: self.tell(fit, [suspect.image(c)]))
         return suspect.image(c), fit
 
     def find(
