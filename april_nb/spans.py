@@ -264,6 +264,11 @@ class Suspect:
         """Shape of the coordinates c, (k, P)."""
         return self.family.Q.shape[1], self.family.h.shape[1]
 
+    @property
+    def into(self) -> Tensor:
+        """What coordinates of a patch add to its token, shape (C, k)."""
+        return self.view.weight(self.view.patch_weight) @ self.family.R @ self.family.Q
+
     def entries(self, spans: Sequence[Span]) -> int:
         """Of the Jacobian of the residual on some layers."""
         return math.prod(self.shape) * sum(len(span.rows) * span.rest.shape[1] for span in spans)
@@ -335,7 +340,6 @@ def freed(
     if suspect.family.hidden or free.entries(suspect.deep) > FORMED: return None   # before a rehearsal is played for nothing
     free.deep = [*linear_spans(model, suspect.update), *suspect.deep]
     return free if free.entries(free.deep) <= FORMED else None
-
 
 # %% ../nbs/23_spans.ipynb #d11bc6f8
 def along(
@@ -453,13 +457,13 @@ def by_places(
     suspect: Suspect,         # of an update
     spans: Sequence[Span],    # whose residual is minimised
     units: Sequence[Tensor],  # for each
-) -> Callable[[Tensor], Callable[[Tensor, float], Tensor]]:  # of coordinates, a preconditioner for `Products`
+    c: Tensor,                # where, shape (k, P)
+) -> Callable[[Tensor, float], Tensor]:  # a preconditioner for `Products`
     """(JᵀJ + damping)⁻¹ but for what attention carries from one place to others; the identity if the first MLP is not judged."""
-    (k, P), v = suspect.shape, suspect.view
+    k, P = suspect.shape
     judged = {span.names: unit[-P:].float() for span, unit in zip(spans, units)}
-    if suspect.mlp is None or not {span.names for span in suspect.mlp[0]} <= judged.keys(): return lambda c: lambda g, damping: g
+    if suspect.mlp is None or not {span.names for span in suspect.mlp[0]} <= judged.keys(): return lambda g, damping: g
     mlp, φ = suspect.mlp
-    into = (v.weight(v.patch_weight) @ suspect.family.R @ suspect.family.Q).float()
     def block(t, parts):
         A = 0.0
         for span, part in zip(mlp, parts):
@@ -467,14 +471,13 @@ def by_places(
             part = part - V @ (V.mT @ part)
             A = A + (part.mT @ part).double()
         return A
-    def nearly(c):
-        A = torch.stack([block(t, parts) for t, parts in enumerate(own_jacobians(suspect, mlp, φ, suspect.image(c), into))])
-        I, size = torch.eye(k).to(A), A.diagonal(dim1=1, dim2=2).mean().item()
-        def solve(g, damping):
-            L = torch.linalg.cholesky(A + (damping + 1e-6 * size) * I)   # formed in float32
-            return torch.cholesky_solve(g.to(A).view(k, P).mT[..., None], L)[..., 0].mT.flatten().to(g)
-        return solve
-    return nearly
+    own = own_jacobians(suspect, mlp, φ, suspect.image(c), suspect.into.float())
+    A = torch.stack([block(t, parts) for t, parts in enumerate(own)])
+    I, size = torch.eye(k).to(A), A.diagonal(dim1=1, dim2=2).mean().item()
+    def solve(g, damping):
+        L = torch.linalg.cholesky(A + (damping + 1e-6 * size) * I)   # formed in float32
+        return torch.cholesky_solve(g.to(A).view(k, P).mT[..., None], L)[..., 0].mT.flatten().to(g)
+    return solve
 
 # %% ../nbs/23_spans.ipynb #0cb628dc
 ARRIVED = 10.0  # a residual of this many times what errors explain: at the truth, give or take their estimate
@@ -521,7 +524,7 @@ def one_image(
 ) -> tuple[Tensor, float]:   # coordinates, shape (k, P), and their fit
     """The image to which a first guess leads on the spans of some layers."""
     units = suspect.units(suspect.image(c), spans)
-    c, *_ = descend(lambda c: suspect.residual(c, spans, units), c, steps, told, nearly=by_places(suspect, spans, units))
+    c, *_ = descend(lambda c: suspect.residual(c, spans, units), c, steps, told, nearly=lambda c: by_places(suspect, spans, units, c))
     units = suspect.units(suspect.image(c), spans)   # the errors of another image are others
     return c, suspect.residual(c, spans, units).square().mean().sqrt().item()
 
@@ -622,7 +625,7 @@ class Places:
         by_heads = (seen @ self.U).square().mean(0).sqrt()          # how large μ is, in a rehearsal
         by_patches = torch.full((self.k,), suspect.size, dtype=torch.double).to(known)
         self.scale = torch.cat([by_patches, by_heads])
-        self.into = torch.cat([v.weight(v.patch_weight) @ family.R @ family.Q, v.weight(v.out) @ self.U], 1) * self.scale
+        self.into = torch.cat([suspect.into, v.weight(v.out) @ self.U], 1) * self.scale
         self.base = v.offsets() + (v.weight(v.patch_weight) @ family.R @ family.h).mT + v.bias(v.out)
         norm, W = suspect.listeners[torch.float64].model.get_submodule(self.first.norm), v.weight(self.first.names[0])
         γ, β = norm.weight.double(), norm.bias.double()
@@ -903,7 +906,6 @@ def begun(
     own = torch.where(near[i], off[i], math.inf)
     return torch.stack([torch.where(at[t], own, math.inf).argmin() for t in there[i].nonzero()[:, 0]]), int(lacks[i])
 
-
 # %% ../nbs/23_spans.ipynb #4332df64
 def companions(
     view: View,      # of the server's model
@@ -1023,10 +1025,10 @@ def certify_tokens(
     image: Tensor,           # shape (1, channels, H, W)
 ) -> tuple[float, System]:   # foretold root mean square error in normalised pixels; the worst token's certificate
     """What the errors of the first block's spans do to an image, were each of its tokens found alone."""
-    v, (k, P), Q = suspect.view, suspect.shape, suspect.family.R @ suspect.family.Q
+    v, (k, P) = suspect.view, suspect.shape
     three = *[span for span in suspect.spans if v.out in span.names], *mlp
     inputs = [a[-P:] for a in suspect.inputs(image, three)]
-    into = torch.cat([v.weight(v.patch_weight) @ Q, v.weight(v.out)], 1)   # by c and o
+    into = torch.cat([suspect.into, v.weight(v.out)], 1)   # by c and o
     C = len(into)
     of_heads = torch.cat([torch.zeros(C, k), torch.eye(C)], 1).to(into)
     def outside(span, part, unit):   # its Gram matrix
@@ -1042,7 +1044,7 @@ def certify_tokens(
         systems.append(System("token", rank, len(values), condition, 0.0))
         variance += (vectors[:k] / values.clamp_min(1e-300).sqrt()).square().sum().item()
     worst = max(systems, key=lambda system: (not system.unique, system.condition_number))
-    return (variance / len(Q) / P) ** 0.5 if worst.unique else math.inf, worst
+    return (variance / len(suspect.family.R) / P) ** 0.5 if worst.unique else math.inf, worst
 
 # %% ../nbs/23_spans.ipynb #e6c1a3cd
 def certify(
@@ -1098,7 +1100,7 @@ def polish(
     spans, units, shown = suspect.deep, suspect.units(image, suspect.deep), 1.0
     for _ in range(2):
         c, r, model = descend(lambda c: suspect.residual(c, spans, units), c, steps, damping=1e-9,
-                              nearly=by_places(suspect, spans, units))
+                              nearly=lambda c: by_places(suspect, spans, units, c))
         parts = r.split([len(span.rows) * span.rest.shape[1] for span in spans])
         excess = [part.square().mean().sqrt().clamp_min(1.0).item() for part in parts]
         shown = max(shown, *excess)
@@ -1197,8 +1199,8 @@ class Peeling:
             images = [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
             new = [x for x in images if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
             self.tried = torch.cat([self.tried, *new])
-            some, lacking = begun(tokens, P) if by_products else (None, P)
-            if not new and len(tokens.x) - before < lacking < P:   # another round would not complete the image
+            some, lacking = begun(tokens, P) if by_products and not new else (None, P)
+            if len(tokens.x) - before < lacking < P:   # another round would not complete the image
                 image, fit = self.completed(suspect, tokens[some], g, steps)
                 if self.late: return
                 if fit < ARRIVED: new = [image]

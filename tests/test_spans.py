@@ -378,7 +378,7 @@ def test_after_twenty_products_with_blocks_of_places_a_tenth_of_the_error_is_lef
     def off(products, *nearly):
         model = Products(f, c, *nearly)
         return ((model.solve(model.slope(f(c)), 1e-6, products, 0.0) - step).norm() / step.norm()).item()
-    assert off(20, by_places(suspect, suspect.wider, units)(c)) < 0.1 * off(20)
+    assert off(20, by_places(suspect, suspect.wider, units, c)) < 0.1 * off(20)
 
 
 def test_a_solution_that_is_known_is_none_any_more():
