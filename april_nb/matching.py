@@ -162,14 +162,16 @@ class NormaliseBackward(torch.autograd.Function):
         return dz
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, w):
-        u, z, x_hat, mean, r, dz = ctx.saved_tensors
+    def again(w, u, z, x_hat, mean, r, dz):
         C = z.shape[-1]
         inner = lambda p, q: torch.linalg.vecdot(p, q).unsqueeze(-1) / C
         by_x_hat = torch.addcmul(w * (inner(u, x_hat) * -r), u, inner(w, x_hat) * -r)
         by_z = NormaliseBackward.J(by_x_hat, z, mean, r).addcmul_(x_hat, inner(w, dz) * -r)
-        return NormaliseBackward.J(w.contiguous(), z, mean, r), by_z, None, None, None
+        return NormaliseBackward.J(w.contiguous(), z, mean, r), by_z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, w): return *NormaliseBackward.again(w, *ctx.saved_tensors), None, None, None
 
 class Gelu(torch.autograd.Function):
     """z Φ(z), cheap to differentiate twice."""
@@ -189,12 +191,14 @@ class GeluBackward(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(u, z)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, w):
-        u, z = ctx.saved_tensors
+    def again(w, u, z):
         square = z * z
         second = (square * -0.5).exp_().mul_(square.sub_(2)).mul_(-(2 * math.pi) ** -0.5)
         return torch.ops.aten.gelu_backward(w, z), second.mul_(u).mul_(w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, w): return GeluBackward.again(w, *ctx.saved_tensors)
 
 # %% ../nbs/13_matching.ipynb #280f8b4d
 STACK = 64   # layers times victims that are stacked: more would leave the processor's cache
