@@ -295,9 +295,12 @@ def span_arms(preset):
     for dtype in ("bfloat16", "float16"): yield Arm("cifar10", "B", "spans", dtype=dtype, **pair), pairs // 2
     for noise in ("0.0001", "0.001"):
         yield Arm("cifar10", "B", "spans", defense=(f"gaussian:{noise}*rms",), **pair), pairs // 2
-    for dataset, batch, classes, n in [("photos", 4, "distinct", 1), ("imagenet", 4, "random", 5),
-                                       ("imagenet", 8, "random", 5)]:   # a ViT-B/32 at 224 × 224
-        large = Arm(dataset, "B", "spans", batch=batch, classes=classes, model={"patch": 32}, **common)
+    for dataset, init, batch, classes, n in [   # a ViT-B/32 at 224 × 224
+            ("photos", "torch", 4, "distinct", 1), ("imagenet", "torch", 4, "random", 5), ("imagenet", "torch", 8, "random", 5),
+            ("imagenet", "timm", 2, "random", 5), ("imagenet", "torchvision", 2, "random", 5),
+            ("imagenet", "timm", 4, "random", 5), ("imagenet", "torchvision", 4, "random", 5)]:
+        shape = {"patch": 32} | ({"qkv_bias": True} if init != "torch" else {})   # both libraries' have the bias
+        large = Arm(dataset, "B", "spans", init=init, batch=batch, classes=classes, model=shape, **common)
         yield large, {"quick": 0, "paper": n * batch}[preset]
     hidden = ("withhold:positions", "withhold:patch")
     yield Arm("photos", "B", "spans", restarts=2, defense=hidden), {"quick": 0, "paper": 1}[preset]   # ViT-B/16

@@ -7,10 +7,10 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG
            'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED',
            'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans',
            'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products',
-           'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places', 'places_of', 'wanted',
-           'begun', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find', 'certify_tokens',
-           'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude',
-           'peel', 'spans']
+           'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places', 'places_of', 'beside',
+           'wanted', 'begun', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find',
+           'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
+           'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -387,19 +387,21 @@ class Formed:
         L, failed = torch.linalg.cholesky_ex(self.A + damping * self.I)
         return g / 0 if failed else torch.cholesky_solve(g[:, None], L)[:, 0]
 
+    def promise(self, g: Tensor, damping: float) -> float:
+        """How much of the sum of squares another step could take away, where its slope is g."""
+        return (g @ self.solve(g, damping)).item()
+
 # %% ../nbs/23_spans.ipynb #d81ebf8b
 class Products:
     """The linear model of f at c by products with its Jacobian alone: steps by conjugate gradients, in float32."""
-    JT = None
-
     def __init__(
         self,
         f: Callable[[Tensor], Tensor],  # of coordinates (k, P), a vector (E,)
         c: Tensor,                      # where, of any shape
-        nearly: Callable[[Tensor, float], Tensor] = lambda g, damping: g,  # of a flat g, about (JᵀJ + damping)⁻¹ g
+        nearly: Callable[[Tensor, float], Tensor] | None = None,  # of a flat g, about (JᵀJ + damping)⁻¹ g
     ):
         c = c.float()
-        self.shape, self.nearly = c.shape, nearly
+        self.shape, self.known, self.nearly = c.shape, nearly is not None, nearly or (lambda g, damping: g)
         self.push = lambda step: along(f, c, step)   # `linearize` adds in place and drifts where f is a gradient
         self.pull = vjp(f, c)[1]
         probe = torch.randn(c.numel(), generator=generator_of(0)).to(c)
@@ -427,6 +429,10 @@ class Products:
             if size < least ** 2 * first: break
             way = towards + size / before * way
         return x
+
+    def promise(self, g: Tensor, damping: float) -> float:
+        """How much of the sum of squares another step could take away, as far as the preconditioner knows."""
+        return (g @ self.nearly(g, damping * self.scale)).item() if self.known else math.inf
 
 # %% ../nbs/23_spans.ipynb #9b1f2c7e
 def own_jacobians(
@@ -458,11 +464,11 @@ def by_places(
     spans: Sequence[Span],    # whose residual is minimised
     units: Sequence[Tensor],  # for each
     c: Tensor,                # where, shape (k, P)
-) -> Callable[[Tensor, float], Tensor]:  # a preconditioner for `Products`
-    """(JᵀJ + damping)⁻¹ but for what attention carries from one place to others; the identity if the first MLP is not judged."""
+) -> Callable[[Tensor, float], Tensor] | None:  # a preconditioner for `Products`; None if the first MLP is not judged
+    """(JᵀJ + damping)⁻¹ but for what attention carries from one place to others."""
     k, P = suspect.shape
     judged = {span.names: unit[-P:].float() for span, unit in zip(spans, units)}
-    if suspect.mlp is None or not {span.names for span in suspect.mlp[0]} <= judged.keys(): return lambda g, damping: g
+    if suspect.mlp is None or not {span.names for span in suspect.mlp[0]} <= judged.keys(): return None
     mlp, φ = suspect.mlp
     def block(t, parts):
         A = 0.0
@@ -491,7 +497,7 @@ def descend(
     steps: int,                     # at most
     told: Callable[[Tensor, float], bool] = lambda c, r: True,  # of coordinates and residual; False ends it
     damping: float = 1e-3,          # at the start, in units of the mean of JᵀJ's diagonal
-    nearly: Callable[[Tensor], Callable[[Tensor, float], Tensor]] = lambda c: lambda g, damping: g,  # for `Products`
+    nearly: Callable[[Tensor], Callable[[Tensor, float], Tensor] | None] = lambda c: None,  # for `Products`
 ) -> tuple[Tensor, Tensor, "Formed | Products | None"]:  # coordinates; residual there (E,); the last step's linear model
     """Gauss–Newton with Levenberg–Marquardt damping."""
     r, growth, slow, model, kept = f(c), 2.0, 0, None, False
@@ -507,8 +513,7 @@ def descend(
         else: break
         gained, foretold = cost - new.square().sum(), -(2 * step @ g + model.curvature(step))
         c, r, growth, kept = c + step.to(c).view_as(c), new, 2.0, bool(new.square().sum() < KEPT * cost)
-        left, size = model.slope(r), r.square().mean().sqrt().item()
-        promised = cost if model.JT is None else left @ model.solve(left, damping)   # what one more such step could gain
+        size, promised = r.square().mean().sqrt().item(), model.promise(model.slope(r), damping)
         slow = slow + 1 if min(gained / cost, promised / r.square().sum()) < 2 * STALL else 0
         damping = max(damping * max(0.1, 1 - (2 * (gained / foretold).item() - 1) ** 3), 1e-15)
         if not told(c, size) or slow == 2 or slow and size < ARRIVED: break
@@ -865,9 +870,27 @@ def places_of(
 
 # %% ../nbs/23_spans.ipynb #b4def595
 NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
-ALIKE = 0.7  # of all places: there, the tokens nearest to two of one image are the same
+ALIKE = 0.9  # of all places: there, the tokens nearest to two of one image are the same
 BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
 AMPLE = 25   # steps for that: what arrives has arrived by then
+
+def beside(
+    tokens: Tokens,  # found so far, n of them
+    P: int,          # places
+) -> tuple[Tensor, Tensor]:  # who stands in one image with each, shape (n, n); how many tokens that has at each place, (n, P)
+    """What the heads' outputs say of tokens: those of one image agree, nearly everywhere, on which token of a place is nearest.
+
+    Where few places have a choice of tokens, those that are near each other stand together: attention that is nearly a
+    mean gives all tokens of an image one output.
+    """
+    o, place = tokens.o.cpu(), tokens.place.cpu()
+    off, at = torch.cdist(o, o), F.one_hot(place, P).mT.bool()
+    near = (off < NEAR * o.norm(dim=1)).mT
+    choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
+    if len(choices) >= BEGUN * P:
+        nearest = torch.stack(choices, 1)
+        near = (nearest[:, None] == nearest).double().mean(2) > ALIKE
+    return near, near.double() @ at.mT.double()
 
 def wanted(
     tokens: Tokens,  # found so far
@@ -877,34 +900,27 @@ def wanted(
     """What an image that lacks tokens would have: in every second draw the one that lacks fewest, in others any, all alike."""
     everywhere = torch.arange(P)
     if not len(tokens.o): return None, everywhere
-    near = (torch.cdist(tokens.o, tokens.o) < NEAR * tokens.o.norm(dim=1)).cpu()
-    there = near.mT.double() @ F.one_hot(tokens.place.cpu(), P).double()   # of each token's image, how many at each place
+    near, there = beside(tokens, P)
     lacks = (there == 0).sum(1)
     if torch.rand((), generator=generator) < 0.5 and lacks.any(): i = torch.where(lacks > 0, lacks, P + 1).argmin().item()
-    else: i = torch.multinomial(1 / near.double().sum(0), 1, generator=generator).item()
-    lacking = everywhere[there[i] == 0]
-    return tokens.o[i], lacking.repeat(P // len(lacking)) if len(lacking) else everywhere
+    else: i = torch.multinomial(1 / near.double().sum(1), 1, generator=generator).item()
+    at = everywhere[there[i] == 0]
+    return tokens.o[i], at.repeat(P // len(at)) if len(at) else everywhere
 
 def begun(
     tokens: Tokens,  # found so far
     P: int,          # places
-) -> tuple[Tensor, int]:  # numbers of tokens, at most one for each place; how many places are without one
+) -> tuple[Tensor, int]:  # numbers of its tokens; how many places are without one
     """The image that lacks fewest tokens, but some; of none if that is too many to go on from.
 
-    Tokens stand in one image if at nearly all places the same token's heads gave what is nearest to theirs.
+    Two tokens at one place are not of one image: where that is said of them, strangers stand together.
     """
-    o, place = tokens.o.cpu(), tokens.place.cpu()
-    off, at = torch.cdist(o, o), F.one_hot(place, P).mT.bool()
-    choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
-    if len(choices) < BEGUN * P: return place[:0], P   # too few tokens to tell images apart
-    nearest = torch.stack(choices, 1)
-    near = (nearest[:, None] == nearest).double().mean(2) > ALIKE
-    there = near.double() @ at.mT.double() > 0
-    lacks = (~there).sum(1)
-    i = torch.where(lacks > 0, lacks, P).argmin()
-    if not 0 < lacks[i] <= (1 - BEGUN) * P: return place[:0], P
-    own = torch.where(near[i], off[i], math.inf)
-    return torch.stack([torch.where(at[t], own, math.inf).argmin() for t in there[i].nonzero()[:, 0]]), int(lacks[i])
+    near, there = beside(tokens, P)
+    lacks = (there == 0).sum(1)
+    some = (lacks > 0) & (lacks <= (1 - BEGUN) * P) & (there <= 1).all(1)
+    if not some.any(): return torch.arange(0), P
+    i = torch.where(some, lacks, P).argmin()
+    return near[i].nonzero()[:, 0], int(lacks[i])
 
 # %% ../nbs/23_spans.ipynb #4332df64
 def companions(
@@ -1038,11 +1054,13 @@ def certify_tokens(
     for t, read in enumerate(own_jacobians(suspect, mlp, φ, image, into)):
         parts = of_heads, *read
         A = sum(outside(span, part, span.deviation(a[t:t + 1])) for span, a, part in zip(three, inputs, parts[-len(three):]))
-        values, vectors = torch.linalg.eigh(A)
+        values = torch.linalg.eigvalsh(A)
         rank = int((values > rank_tolerance(A, torch.float64)).sum())
         condition = (values[-1].clamp_min(0) / values[len(values) - rank]).sqrt().item() if rank else math.inf
         systems.append(System("token", rank, len(values), condition, 0.0))
-        variance += (vectors[:k] / values.clamp_min(1e-300).sqrt()).square().sum().item()
+        if not systems[-1].unique: break   # one open token is enough
+        own = torch.eye(len(A), k).to(A)
+        variance += torch.linalg.solve_triangular(torch.linalg.cholesky(A), own, upper=False).square().sum().item()
     worst = max(systems, key=lambda system: (not system.unique, system.condition_number))
     return (variance / len(suspect.family.R) / P) ** 0.5 if worst.unique else math.inf, worst
 

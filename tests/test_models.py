@@ -374,3 +374,18 @@ def test_adapters_of_another_model_or_none_are_one_line(rank=4):
     with pytest.raises(AprilError, match="needs no translation"): without_adapters(server, Update({"head.bias": torch.ones(10)}))
     kept = without_adapters(server, replace(sent, gradients={**sent.gradients, "head.bias": torch.ones(10)}))
     assert torch.equal(kept["head.bias"], torch.ones(10)) and not any("lora" in name for name in kept.gradients)
+
+
+def test_torchvisions_initialisation_is_drawn_as_torchvision_draws_it():
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128)
+    ours = vit("vit_cifar", "B", "torchvision", depth=2, width=64, mlp_width=128, qkv_bias=True)
+    layer, block = theirs.encoder.layers[0], ours.blocks[0]
+    qkv = torch.cat([part.weight for part in (block.attention.q, block.attention.k, block.attention.v)])
+    pairs = [(layer.self_attention.in_proj_weight, qkv), (layer.self_attention.out_proj.weight, block.attention.out.weight),
+             (layer.mlp[0].weight, block.mlp[0].weight), (layer.mlp[3].weight, block.mlp[2].weight),
+             (theirs.conv_proj.weight, ours.patch.weight), (theirs.encoder.pos_embedding, ours.positions)]
+    for a, b in pairs: assert b.std().item() == pytest.approx(a.std().item(), rel=0.08)
+    for zero in (theirs.class_token, ours.class_token, layer.self_attention.in_proj_bias, block.attention.q.bias,
+                 layer.self_attention.out_proj.bias, block.attention.out.bias, theirs.conv_proj.bias, ours.patch.bias):
+        assert not zero.any()
+    assert ours.head.weight.any() and not theirs.heads.head.weight.any()

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
+from april_nb.data import FORMATS, photos
 from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update, generator_of
 from april_nb.metrics import best_assignment, psnr
-from april_nb.spans import (ARRIVED, Formed, Peeling, Products, Suspect, Tokens, activation, assembled, begun, by_places,
+from april_nb.spans import (ARRIVED, NEAR, Formed, Peeling, Products, Suspect, Tokens, activation, assembled, begun, beside, by_places,
                             certify_tokens, companions, conclude, freed, input_spans, jacobian, label_of, own_jacobians,
                             places_of, polish, spans, unexplained, wanted)
 from april_nb.separation import family
 from april_nb.subspace import subspace_leakage
 from april_nb.training import train
 from april_nb.views import view
-from april_nb.vit import ViT, init_timm, init_torch, to_patches
+from april_nb.vit import ViT, init_timm, init_torch, to_patches, vit
 
 
 def small(width=48, init=init_torch, **changes):
@@ -333,6 +334,27 @@ def test_a_token_names_its_companions_and_a_search_goes_where_an_image_lacks_one
         i = (part.o == like).all(1).nonzero().item()
         assert at.tolist() == ([3, 3, 3, 3] if i >= 8 else [0, 1, 2, 3])
     assert wanted(part[:0], 4, torch.Generator())[1].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("init", ["torch", "timm", "torchvision"])
+def test_tokens_of_one_photograph_agree_on_what_is_nearest_and_strangers_do_not(init):
+    photographs = FORMATS["imagenet"].normalisation(photos().batch(range(8))[0]).double()
+    v = view(vit("vit_b_32", "B", init, depth=1).double())
+    P, g = v.patches, torch.Generator().manual_seed(0)
+    streams = [v.stream(x) for x in photographs]
+    known = [torch.randperm(P, generator=g)[:int(P * share)] for share in torch.linspace(0.4, 0.95, 8)]   # of each image
+    o = torch.cat([v.attended(x)[-P:][there] for x, there in zip(streams, known)])
+    none, x = torch.zeros(len(o)), torch.cat([x[-P:][there] for x, there in zip(streams, known)])
+    tokens = Tokens(torch.cat(known), none[:, None], none[:, None], x, o, none, none)
+    (near, _), (some, lacks) = beside(tokens, P), begun(tokens, P)
+    image = torch.repeat_interleave(torch.arange(8), torch.tensor([len(there) for there in known]))
+    same = image[:, None] == image
+    strangers = (near & ~same).sum()
+    assert strangers < 0.02 * near.sum() if init == "torchvision" else not strangers
+    assert (near & same).sum() > 0.75 * same.sum()
+    assert len(image[some].unique()) == 1 and len(some) == P - lacks > 0.9 * len(known[-1])
+    by_distance = torch.cdist(o, o) < NEAR * o.norm(dim=1)
+    assert (by_distance & ~same).any(), "distance alone would do"
 
 
 def test_an_image_that_lacks_one_token_of_four_is_found_from_the_others():
