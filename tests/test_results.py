@@ -91,11 +91,16 @@ def test_batches_image_by_image():
     eights = group(rows("spans", dataset="cifar10", dtype="float32", config=f"init=timm {fresh[2]}"), "loss").values()
     sharp = sum(values(one, "psnr").min() >= 90 for one in eights)
     assert f"eight with timm's weights: {sharp} of ten at 90 dB and more" in result("… timm's weights")
-    for name, dataset, B in (("… four photographs", "photos", 4), ("… five batches of four", "imagenet", 4),
-                             ("… a batch of eight", "imagenet", 8)):
-        classes = "distinct" if dataset == "photos" else "random"
-        some, found, lowest = whole(f"torch batch={B} classes={classes} restarts=10 patch=32", dataset)
-        assert some == found == (5 if "five" in name else 1) and f"lowest {lowest} dB" in result(name)
+    count = {"four": 1, "five": 5, "three": 3, "two": 2}   # the line of the photographs has one batch
+    for name, dataset, how in (("… four photographs", "photos", "torch batch=4 classes=distinct restarts=10 patch=32"),
+                               ("… five batches of four", "imagenet", "torch batch=4 classes=random restarts=10 patch=32"),
+                               ("… two batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
+                               ("… three pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
+                                "timm batch=2 classes=random restarts=10 patch=32 qkv_bias=True"),
+                               ("… three pairs of ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
+                                "torchvision batch=2 classes=random restarts=10 patch=32 qkv_bias=True")):
+        some, found, lowest = whole(how, dataset)
+        assert some == found == count[name.split()[1]] and f"lowest {lowest} dB" in result(name)
 
 
 def test_trainings():
