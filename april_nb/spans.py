@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -480,9 +480,10 @@ def by_places(
     own = own_jacobians(suspect, mlp, φ, suspect.image(c), suspect.into.float())
     A = torch.stack([block(t, parts) for t, parts in enumerate(own)])
     I, size = torch.eye(k).to(A), A.diagonal(dim1=1, dim2=2).mean().item()
+    @lru_cache(1)   # all products of a step have one damping
+    def factor(damping): return torch.linalg.cholesky(A + (damping + 1e-6 * size) * I)   # formed in float32
     def solve(g, damping):
-        L = torch.linalg.cholesky(A + (damping + 1e-6 * size) * I)   # formed in float32
-        return torch.cholesky_solve(g.to(A).view(k, P).mT[..., None], L)[..., 0].mT.flatten().to(g)
+        return torch.cholesky_solve(g.to(A).view(k, P).mT[..., None], factor(damping))[..., 0].mT.flatten().to(g)
     return solve
 
 # %% ../nbs/23_spans.ipynb #0cb628dc
