@@ -116,7 +116,7 @@ ATTACKS = {   # by the name that `--method` takes
     "patch": Attack("Thm 3", "Theorem 3", solving(patch_leakage), ("positions", "patch")),
     "ridge": Attack("Ridge", "Theorem 3, expecting noise", solving(ridge_leakage), ("positions", "patch")),
     "subspace": Attack("Thm 4", "Theorem 4", solving(subspace_leakage), ("patch", "block"), ("patch",)),
-    "spans": searching("Thm 5", "Theorem 5", spanning, ("patch", "block"), ("patch",), labels=False, steps=60),
+    "spans": searching("Thm 5", "Theorem 5", spanning, ("patch", "block"), ("patch", "block"), labels=False, steps=60),
     "separate": searching("Separated", "Theorem 4, then a search", separating, ("patch", "block"), ("patch",), (2, math.inf)),
     "refine": searching("Refined", "Theorem 4, then a search", refining, ("patch", "block"), ("patch",), (1, 1)),
     "tag": searching("TAG", "a search", matching("tag")),

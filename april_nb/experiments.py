@@ -278,6 +278,10 @@ def batch_arms(preset):
                                  (8, "random", 800), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
+    for spec in ("", "gaussian:0.001*rms", "gaussian:0.01*rms", "quantize:12"):   # until Theorem 5's spans end
+        pair = dict(batch=2, classes="distinct", defense=tuple(spec.split()), know="withheld")
+        yield Arm("cifar10", "B", "spans", restarts=10, **pair), {"quick": 0, "paper": 8}[preset]
+        yield Arm("cifar10", "B", "separate", steps=steps or 500, **pair), {"quick": 0, "paper": 8}[preset]
 
 def span_arms(preset):
     """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
@@ -339,9 +343,8 @@ def defense_arms(preset):
         yield Arm("cifar10", "B", "dlg", **by_lbfgs, **common), n
         for size, count in batches.items():
             batch = dict(batch=size, classes="random")
-            if "block" not in kept:
-                of_spans = dict(steps={"quick": 2, "paper": 40}[preset])
-                yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
+            of_spans = dict(steps={"quick": 2, "paper": 40}[preset])
+            yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
             yield Arm("cifar10", "B", "dlg", **by_lbfgs, **batch, **common), size * count
 
 def figure6_arms(preset):
@@ -400,7 +403,7 @@ def sensitivity_arms(preset):
     for method in PUBLISHED: yield Arm("cifar10", "B", method, init="timm", steps=steps), n
 
 def tuning_arms(preset):
-    """What learning rate and weights do on architecture B, and the learning rate on A (chapters 14 and 15)."""
+    """What learning rate and weights do on architecture B; rate, first guess and schedule on A (chapters 14 and 15)."""
     steps, n = {"quick": (20, 2), "paper": (None, 4)}[preset]
     for method, changes in [
             ("april", [{"position": alpha} for alpha in (0.1, 1.0, 10.0, 100.0)]),
@@ -413,9 +416,10 @@ def tuning_arms(preset):
                 yield Arm(dataset, "B", method, steps=steps, attack={"lr": lr}, last=True), n
     printed = {"position": 1.0, "absolute": True}   # Eq. 12 with α = 1
     yield Arm("cifar10", "B", "april", steps=steps, attack=printed, last=True), n
-    for method in PUBLISHED:
-        for lr in (0.03, 0.1, 0.3):
-            yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
+    for method, lr in RATES_A.items():
+        others = ({"start": 0.0}, {"start": 0.1}, {"schedule": "constant"}, {"schedule": "steps"})
+        for change in [*({"lr": rate} for rate in (0.03, 0.1, 0.3)), *({"lr": lr} | other for other in others)]:
+            yield Arm("cifar10", "A", method, steps=steps, attack=change, last=True), n
 
 # %% ../nbs/91_experiments.ipynb #d330ce58
 EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms,

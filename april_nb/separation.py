@@ -29,7 +29,7 @@ class Family:
     R: Tensor  # orthonormal basis of the span of all patches, shape (D, r)
     h: Tensor  # solution of least norm, a column for each place, shape (r, P)
     Q: Tensor  # orthonormal basis of the directions that the equations leave open, shape (r, k)
-    systems: tuple[System, ...]  # certificates: patches, tokens, subspace
+    systems: tuple[System, ...]  # certificates: patches, tokens and, where there are equations, subspace
     least: int  # directions that are open at least, by count: `Equations.open`
     hidden: int # directions of a patch that no attention sees, a token's mean for one; they are not in Q
 
@@ -53,20 +53,25 @@ class Family:
 def family(
     view: View,      # of the server's model
     update: Update,  # what the client sent
-) -> Family:         # of images that solve Theorem 4's equations
+    needed: bool = True,  # must there be equations? else the first block's q, k, v may be missing
+) -> Family:         # of images that solve Theorem 4's equations; of all in the patches' span where there are none
     """What the linear facts say of a batch, without labels and without the position embedding's gradient.
 
     Raises
     ------
     MissingGradient
-        If the gradient of the first block's q, k, v is not in the update.
+        If the gradient of the first block's q, k, v is needed and not in the update.
     """
-    e = equations(view, update)
-    solved = e.solve(update.dtype)
+    e = equations(view, update, needed)
+    systems: tuple[System, ...] = e.patches.system, e.tokens.system
+    h, Q = e.offset.new_zeros(e.open, e.offset.shape[1]), torch.eye(e.open).to(e.offset)
+    if e.rest.shape[1]:
+        solved = e.solve(update.dtype)
+        h, Q, systems = solved.X, solved.open, (*systems, solved.system)
     _, S, Vt = torch.linalg.svd(e.embed)
-    hidden, Q = Vt[(S > rank_tolerance(e.embed, torch.float64)).sum():], solved.open
+    hidden = Vt[(S > rank_tolerance(e.embed, torch.float64)).sum():]
     if len(hidden): Q = Q @ torch.linalg.svd(hidden @ Q).Vh[len(hidden):].mT
-    return Family(e.patches.basis, solved.X, Q, (e.patches.system, e.tokens.system, solved.system), e.open, len(hidden))
+    return Family(e.patches.basis, h, Q, systems, e.open, len(hidden))
 
 # %% ../nbs/22_separation.ipynb #e0f7e7b2
 def separate(

@@ -67,13 +67,15 @@ class Listener:
         weights: Collection[str],      # names of parameters; layers without one of them are not listened to
         dtype: torch.dtype = torch.float64,  # to compute in
     ):
-        self.model = differentiable(model, dtype)
+        self.model, self.weights = differentiable(model, dtype), frozenset(weights)
         self.heard, self.norms, self.last = [], [], None
+
+    def _ears(self):
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.LayerNorm): module.register_forward_hook(self._norm(name))
+            if isinstance(module, nn.LayerNorm): yield module.register_forward_hook(self._norm(name))
             for part, kind in (("weight", nn.Linear), ("in_proj_weight", nn.MultiheadAttention)):
-                if isinstance(module, kind) and f"{name}.{part}" in weights:
-                    module.register_forward_pre_hook(self._reader(f"{name}.{part}"))
+                if isinstance(module, kind) and f"{name}.{part}" in self.weights:
+                    yield module.register_forward_pre_hook(self._reader(f"{name}.{part}"))
 
     def _norm(self, name):
         def hook(module, inputs, output):
@@ -99,9 +101,12 @@ class Listener:
     ) -> list[Heard]:             # one for each tensor that is read
         """What linear layers read of these images."""
         self.heard, self.norms, self.last = [], [], last
+        ears = list(self._ears())   # for this pass: a model that held its listener would outlive it, and is large
         try:
             with sdpa_kernel(SDPBackend.MATH): self.model(images)   # the fused kernel has no forward derivative
         except Enough: pass
+        finally:
+            for ear in ears: ear.remove()
         told = [self._told(names, a) for names, a in self.heard]
         self.heard, self.norms, self.last = [], [], None
         return told
@@ -233,7 +238,7 @@ class Suspect:
         update: Update,    # what the client sent
     ):
         self.view = view(model)
-        self.family, self.spans = family(self.view, update), input_spans(model, update, DEEP + 2)
+        self.family, self.spans = family(self.view, update, needed=False), input_spans(model, update, DEEP + 2)
         self.update, self.examples = update, update.examples
         self.free = False   # of the linear equations, which are then judged like all others
         self.listeners = {t: Listener(model, update.gradients, t) for t in (torch.float64, torch.float32)}
@@ -245,10 +250,10 @@ class Suspect:
         self.deep, self.equations = self.spans[:max(DEEP, normed[0] + least + 1)], (counts or [0])[-1]
 
     @cached_property
-    def linear(self) -> tuple[Equations, Solution]:
-        """Theorem 4's equations, and the solution that the family holds."""
-        e = equations(self.view, self.update)
-        return e, e.solve(self.update.dtype)
+    def linear(self) -> tuple[Equations, Solution | None]:
+        """Theorem 4's equations, and the solution that the family holds; None where there are no equations."""
+        e = equations(self.view, self.update, needed=False)
+        return e, e.solve(self.update.dtype) if e.rest.shape[1] else None
 
     @cached_property
     def mlp(self) -> tuple[tuple[Span, Span], nn.Module] | None:
@@ -401,7 +406,7 @@ class Products:
         nearly: Callable[[Tensor, float], Tensor] | None = None,  # of a flat g, about (JᵀJ + damping)⁻¹ g
     ):
         c = c.float()
-        self.shape, self.known, self.nearly = c.shape, nearly is not None, nearly or (lambda g, damping: g)
+        self.shape, self.nearly = c.shape, nearly
         self.push = lambda step: along(f, c, step)   # `linearize` adds in place and drifts where f is a gradient
         self.pull = vjp(f, c)[1]
         probe = torch.randn(c.numel(), generator=generator_of(0)).to(c)
@@ -418,13 +423,14 @@ class Products:
     def solve(self, g: Tensor, damping: float, most: int = 60, least: float = 1e-2) -> Tensor:
         """(JᵀJ + damping)⁻¹ g as far as `most` products bring it, or until `least` of g is left."""
         damping *= self.scale
-        x, left, way = torch.zeros_like(g), g, self.nearly(g, damping)
+        nearly = self.nearly or (lambda g, damping: g)
+        x, left, way = torch.zeros_like(g), g, nearly(g, damping)
         size = first = left @ way
         for _ in range(most):
             turned = self.slope(self.push(way.view(self.shape))) + damping * way
             length = size / (way @ turned)
             x, left = x + length * way, left - length * turned
-            towards = self.nearly(left, damping)
+            towards = nearly(left, damping)
             before, size = size, left @ towards
             if size < least ** 2 * first: break
             way = towards + size / before * way
@@ -432,7 +438,7 @@ class Products:
 
     def promise(self, g: Tensor, damping: float) -> float:
         """How much of the sum of squares another step could take away, as far as the preconditioner knows."""
-        return (g @ self.nearly(g, damping * self.scale)).item() if self.known else math.inf
+        return (g @ self.nearly(g, damping * self.scale)).item() if self.nearly else math.inf
 
 # %% ../nbs/23_spans.ipynb #9b1f2c7e
 def own_jacobians(
@@ -1102,7 +1108,7 @@ def linear_error(
 ) -> float:            # root mean square, normalised pixels
     """What the errors of Theorem 4's equations, whose solutions the family holds, do to the images."""
     (e, solved), X = suspect.linear, to_patches(images, suspect.view.patch).flatten(0, 1)
-    by_tokens = solved.noise * solved.gain / len(e.patches.basis) ** 0.5
+    by_tokens = solved.noise * solved.gain / len(e.patches.basis) ** 0.5 if solved else 0.0
     return math.hypot(by_tokens, e.patches.error(X.mT).norm().item() / len(X) ** 0.5)
 
 # %% ../nbs/23_spans.ipynb #b7684cb2
@@ -1324,10 +1330,11 @@ def together(
         with sdpa_kernel(SDPBackend.MATH):
             own = grad(loss)({n: p for n, p in server.named_parameters() if n in update.gradients})
         return {n: peeling.scale * own[n] - sent.to(c) for n, sent in update.gradients.items()}
-    units = {n: by_rows_and_columns(update[n]) for n in update.gradients}
-    units = {n: units[n] * (part / units[n]).square().mean().sqrt() for n, part in left(c).items()}
-    f = lambda c: torch.cat([(part / units[n].to(part)).flatten() for n, part in left(c).items()])
-    step, r = Products(f, c, nearly), f(c)
+    units, here = {n: by_rows_and_columns(update[n]) for n in update.gradients}, left(c)
+    units = {n: units[n] * (part / units[n]).square().mean().sqrt() for n, part in here.items()}
+    measured = lambda parts: torch.cat([(part / units[n].to(part)).flatten() for n, part in parts.items()])
+    f = lambda c: measured(left(c))
+    step, r = Products(f, c, nearly), measured(here)
     new = c - step.solve(step.slope(r), 0.0, PRODUCTS, 1e-4).to(c).view_as(c)
     remains = (f(new).norm() / r.norm()).item()
     return (picture(new.mT), remains) if remains < 1 else (peeling.images, 1.0)
@@ -1395,7 +1402,8 @@ def peel(
     kept: dict,                      # images and labels found so far, to go on from, and to add to
 ) -> Reconstruction:                 # the images that were found
     """One batch, image by image."""
-    if not equations(view(model), update).rest.numel(): return subspace_leakage(model, update)   # it says why
+    sent = set(view(model).qkv) <= update.gradients.keys()
+    if sent and not equations(view(model), update).rest.numel(): return subspace_leakage(model, update)   # it says why
     peeling = Peeling(model, update, classes, end, told)
     if update.examples == 1 and not peeling.whole.shape[0]: return subspace_leakage(model, update)
     if kept:
@@ -1421,10 +1429,8 @@ def spans(
 ) -> list[Reconstruction]:         # one for each victim: the images that were found, with labels
     """The images of batches, one by one, from the spans that every layer's gradient gives away (Theorem 5).
 
-    Raises
-    ------
-    MissingGradient
-        If the gradient of the first block's q, k, v is not in an update.
+    No gradient in particular is needed: layers that sent none are not asked, and where those that did give fewer
+    equations than an image has unknowns, the verdict says so.
     """
     seeds, answers, count = seeds or range(len(updates)), [], 0
     for i, (update, seed) in enumerate(zip(updates, seeds)):

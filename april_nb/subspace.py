@@ -64,12 +64,13 @@ def row_space(
     return RowSpace(Vt[:k].mT, S * g, g * dropped / max((m - k) * (n - k), 1) ** 0.5, system)
 
 def everything(
-    W_p: Tensor,  # the patch embedding's weight, shape (C, D)
-) -> RowSpace:    # of dimension D
-    """What is known of patches whose embedding's gradient is missing: that they have D numbers."""
-    D = W_p.shape[1]
-    I = torch.eye(D, dtype=W_p.dtype, device=W_p.device)
-    return RowSpace(I, I.diagonal(), 0.0, System("patches", D, D, 1.0, 0.0))
+    W: Tensor,  # a weight whose gradient is missing, shape (m, n)
+    name: str,  # of what it reads, for the certificate
+) -> RowSpace:  # of dimension n
+    """What is known of its inputs: that they have n numbers."""
+    n = W.shape[1]
+    I = torch.eye(n, dtype=W.dtype, device=W.device)
+    return RowSpace(I, I.diagonal(), 0.0, System(name, n, n, 1.0, 0.0))
 
 # %% ../nbs/21_subspace.ipynb #853435b9
 @dataclass(frozen=True)
@@ -137,25 +138,27 @@ def evened(
 def equations(
     view: View,      # of the server's model
     update: Update,  # what the client sent
+    needed: bool = True,  # must there be equations? else the first block's q, k, v may be missing
 ) -> Equations:      # for the coordinates of the patches
     """The linear facts behind Theorem 4; neither the position embedding's gradient nor a label is read.
 
-    Where the patch embedding's gradient is missing, R is the identity: patches may be anything.
+    Where the patch embedding's gradient is missing, R is the identity: patches may be anything. Where that of the
+    first block's q, k, v is, and none is needed, tokens may be anything, and there are no equations.
 
     Raises
     ------
     MissingGradient
-        If the gradient of the first block's q, k, v is not in the update.
+        If the gradient of the first block's q, k, v is needed and not in the update.
     """
     W_p, e, known = view.weight(view.patch_weight), view.weight(view.positions), len(view.known_tokens())
     P, images = len(e) - known, update.examples
-    T, sent = images * P + known, torch.cat([view.gradient(update, name) for name in view.qkv])
-    patches = everything(W_p)
+    T, patches, tokens = images * P + known, everything(W_p, "patches"), everything(view.weight(view.qkv[0]), "tokens")
     if view.patch_weight in update.gradients:
         sent_patches = view.gradient(update, view.patch_weight)
         if images > 1: sent_patches = evened(sent_patches, images * P)   # faint images of a batch would be lost
         patches = row_space(sent_patches, images * P, update.dtype, "patches", needed=False)
-    tokens = row_space(evened(sent, T), T, update.dtype, "tokens")
+    if needed or set(view.qkv) <= update.gradients.keys():
+        tokens = row_space(evened(torch.cat([view.gradient(update, name) for name in view.qkv]), T), T, update.dtype, "tokens")
     embed, offset, fixed = W_p @ patches.basis, view.offsets().mT, view.known_tokens().mT
     occupied = tokens.basis
     if view.norm is not None:
@@ -163,6 +166,7 @@ def equations(
         embed, offset, fixed = (gain * (m - m.mean(0)) for m in (embed, offset, fixed))
         if bias.any(): occupied, fixed = (torch.cat([m, bias], 1) for m in (occupied, fixed))   # σ β, of unknown σ
     rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
+    if not rest.shape[1]: return Equations(patches, tokens, embed, offset, rest, embed.shape[1])
     columns = torch.cat([embed, offset, fixed], 1)
     together = int((torch.linalg.svdvals(columns) > rank_tolerance(columns, torch.float64)).sum())
     return Equations(patches, tokens, embed, offset, rest, embed.shape[1] + occupied.shape[1] - together)

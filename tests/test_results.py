@@ -91,11 +91,11 @@ def test_batches_image_by_image():
     eights = group(rows("spans", dataset="cifar10", dtype="float32", config=f"init=timm {fresh[2]}"), "loss").values()
     sharp = sum(values(one, "psnr").min() >= 90 for one in eights)
     assert f"eight with timm's weights: {sharp} of ten at 90 dB and more" in result("… timm's weights")
-    count = {"four": 1, "five": 5, "three": 3, "two": 2}   # the line of the photographs has one batch
-    for name, dataset, how in (("… four photographs", "photos", "torch batch=4 classes=distinct restarts=10 patch=32"),
+    count = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+    for name, dataset, how in (("… one batch of four photographs", "photos", "torch batch=4 classes=distinct restarts=10 patch=32"),
                                ("… five batches of four", "imagenet", "torch batch=4 classes=random restarts=10 patch=32"),
                                ("… two batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
-                               ("… three pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
+                               ("… four pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
                                 "timm batch=2 classes=random restarts=10 patch=32 qkv_bias=True"),
                                ("… three pairs of ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
                                 "torchvision batch=2 classes=random restarts=10 patch=32 qkv_bias=True")):

@@ -10,7 +10,7 @@ from torchvision.models import VisionTransformer
 
 from april_nb.data import FORMATS, photos
 from april_nb.defenses import clip, gaussian, withhold
-from april_nb.federated import MissingGradient, client_update, generator_of
+from april_nb.federated import client_update, generator_of
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (ARRIVED, NEAR, Formed, Peeling, Products, Suspect, Tokens, activation, assembled, begun, beside, by_places,
                             certify_tokens, companions, conclude, freed, input_spans, jacobian, label_of, own_jacobians,
@@ -186,11 +186,23 @@ def test_the_server_keeps_its_model_and_the_generator_its_state():
     assert [step for step, _ in told] == list(range(len(told))) and told[0][1] == (1, 1, 1, 16, 16)
 
 
-def test_what_the_search_cannot_do_without_is_named():
-    model = small()
-    _, update = batch(model, [0, 1])
-    few = {n: g for n, g in update.gradients.items() if n != "blocks.0.attention.v.weight"}
-    with pytest.raises(MissingGradient, match="attention.v.weight"): spans(model, [type(update)(few, 2)])
+@pytest.mark.parametrize(("blocks", "labels"), [(1, [1]), (2, [1]), (1, [3, 3])])
+def test_an_entrance_that_sends_nothing_gives_its_images_away(blocks, labels):
+    model = small(width=96)
+    x, update = batch(model, labels)
+    entrance = ("class_token", "patch.", *(f"blocks.{i}." for i in range(blocks)))
+    update = withhold(update, [n for n in update.gradients if n.startswith(entrance)])
+    answer, = spans(model, [update])
+    scores, found = paired(answer, x)
+    assert answer.verdict == "exact" and scores.min() > 100 and found == labels
+
+
+def test_a_classifier_alone_names_too_few_inputs_for_an_image():
+    model = small(width=96)
+    _, update = batch(model, [1])
+    answer, = spans(model, [withhold(update, [n for n in update.gradients if not n.startswith("head")])])
+    assert answer.verdict == "not-unique" and not len(answer.images)
+    assert "equations for 256 unknowns of an image" in answer.reason
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm", "transformers"])

@@ -37,12 +37,20 @@ def mark(cell):
         }
 
 
+def keep_exponents(cell):
+    """Ties exponents to their numbers in a cell's tables, in place: a browser would break 1e-07 behind its hyphen."""
+    for output in cell.outputs:
+        if table := output.get("data", {}).get("text/markdown"):
+            output.data["text/markdown"] = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", table)
+
+
 def read(text):
     """A notebook from its JSON text, with directives applied; myst-nb calls this for every chapter."""
     notebook = nbformat.reads(text, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             mark(cell)
+            keep_exponents(cell)
     return notebook
 
 
