@@ -150,6 +150,10 @@ def obstacle(
         lost = [n for n in named[part] if n not in update.gradients]
         if part == "positions" and lost and not view.learns_positions: return "fixed positions have no gradient to send"
         if lost and part not in attack.spares: return f"the gradient of {lost[0]!r} was not sent"
+    if attack.reads and set(attack.reads) <= set(attack.spares):   # it does without the entrance, and not without all blocks
+        blocks = view.block.rpartition(".")[0] + "."
+        if not any(name.startswith(blocks) and g.ndim == 2 for name, g in update.gradients.items()):
+            return f"the gradients of all weights of '{blocks}*' were not sent"
     if (attack.labels or attack.searches) and view.head_weight is None: return view.no_classifier
     if attack.labels and view.head_weight not in update.gradients: return "the classifier's gradient was not sent"
     if attack.searches and not few <= update.examples <= many:

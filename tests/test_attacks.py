@@ -12,7 +12,7 @@ from april_nb.attacks import ATTACKS, Attack, best_attack, check_update, listed,
 from april_nb.audit import audit
 from april_nb.certificate import Reconstruction
 from april_nb.data import FORMATS, photos
-from april_nb.defenses import withhold
+from april_nb.defenses import parts, withhold
 from april_nb.experiments import Arm, attack_slice, defense_arms
 from april_nb.federated import AprilError, InvalidUpdate, Update, client_update
 from april_nb.views import NotApplicable, view
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FORMAT = FORMATS["cifar10"]
 PIXELS = photos(FORMAT).batch([0, 1])[0]
 X = FORMAT.normalisation(PIXELS).float()
+BODY = parts(view(vit("vit_cifar", "B")))["body"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_nothing_else_lists_attacks():
 @pytest.mark.parametrize("names, blocked", [
     (("positions",), {"closed-form", "patch", "ridge", "april"}),
     (("patch.weight", "patch.bias"), {"patch", "ridge"}),
-    (("blocks.0.attention.q.weight",), {"closed-form", "subspace", "refine", "separate", "spans"}),
+    (("blocks.0.attention.q.weight",), {"closed-form", "subspace", "refine", "separate"}),
+    (BODY, {"closed-form", "patch", "ridge", "subspace", "refine", "separate", "spans", "april"}),
     (("head.weight",), {"refine", "separate", "dlg", "ig", "tag", "april"})])
 def test_an_obstacle_is_a_gradient_that_was_not_sent(server, update, names, blocked):
     less = withhold(update, names)

@@ -81,7 +81,7 @@ def test_a_batch_comes_back_without_the_gradients_of_both_embeddings():
     model = small()
     x, _ = batch(model, [1, 1])
     update = client_update(model, x, torch.tensor([1, 1]), withheld=("positions", "patch.weight", "patch.bias"))
-    answer, = separate(model, [update], 800)
+    answer, = separate(model, [update], 500, restarts=4)   # half of the first guesses arrive
     assert family(view(model), update).Q.shape == (16, 4)
     assert (answer.images[best_assignment(answer.images, x)] - x).abs().max() < 1e-4
 
