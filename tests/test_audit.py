@@ -335,14 +335,14 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments):
 
 
 def freezing():
-    "The checklist's lines that freeze a model's entrance."
+    "The checklist's lines that freeze a model's body."
     cells = json.loads((Path(__file__).parent.parent / "nbs" / "38_checklist.ipynb").read_text(encoding="utf-8"))["cells"]
-    cell, = (source for c in cells if "entrance =" in (source := "".join(c["source"])))
-    return cell[cell.index("named ="):cell.index("report =")]
+    cell, = (source for c in cells if "body =" in (source := "".join(c["source"])))
+    return cell[cell.index("body ="):cell.index("report =")]
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "hf"])
-def test_the_checklist_freezes_the_entrance_of_any_librarys_model(library):
+def test_the_checklist_freezes_the_body_of_any_librarys_model(library):
     hf = pytest.importorskip("transformers")
     model = {"timm": lambda: timm_vit(reg_tokens=2, no_embed_class=True),
              "torchvision": lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=10),
@@ -357,7 +357,7 @@ def test_the_checklist_freezes_the_entrance_of_any_librarys_model(library):
     verdicts = lambda report: {f.name: f.verdict for f in report.attacks}
     assert verdicts(before)["patch"] == "exact" and all(verdicts(after)[name] == "not-applicable" for name in reading)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained and not set(trained) & scope["entrance"] and verdicts(after)["dlg"] == "not-converged"
+    assert trained and not set(trained) & set(scope["body"]) and verdicts(after)["dlg"] == "not-converged"
 
 
 @pytest.mark.parametrize("seconds, words", [(3.0, "3 s"), (119, "119 s"), (5442, "91 minutes"), (40_000, "11 hours"), (653_008, "8 days")])

@@ -276,7 +276,7 @@ def test_an_interruption_while_a_module_is_loaded_is_one_line(module, left):
 
 def test_an_attack_that_was_not_named_is_printed_with_the_reason_for_it():
     lines = april("attack", "--model", "vit_mnist").stdout.splitlines()
-    assert re.match("(closed-form|patch) on vit_mnist", lines[0]) and lines[1].startswith("chosen: of the closed forms")
+    assert re.match("(closed-form|patch|subspace) on vit_mnist", lines[0]) and lines[1].startswith("chosen: of the closed forms")
     assert not any(line.startswith("chosen") for line in april("attack", "--model", "vit_mnist", "--method", "ridge").stdout.splitlines())
 
 

@@ -283,7 +283,7 @@ def test_an_image_is_sharp_though_the_linear_equations_are_off_by_a_tenth(monkey
     x, update = batch(model, [1, 4])
     true, noise = family(view(model), update), generator_of(0)
     off = replace(true, h=true.h + 0.1 * torch.randn(true.h.shape, generator=noise, dtype=torch.double))
-    monkeypatch.setattr("april_nb.spans.family", lambda view, update: off)
+    monkeypatch.setattr("april_nb.spans.family", lambda view, update, needed: off)
     suspect = Suspect(model, update)
     held = polish(suspect, x[:1].double())
     free = polish(freed(suspect, model), held.image)
