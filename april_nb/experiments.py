@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attacks import ATTACKS
+from .attacks import ATTACKS, obstacle
 from .data import FORMATS, Format, Images, load, sample
 from .defenses import compose, noise_generator
 from .federated import AprilError, Update, client_update
@@ -278,6 +278,10 @@ def batch_arms(preset):
                                  (8, "random", 800), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
+    for defense in ((), ("gaussian:0.001*rms",), ("gaussian:0.01*rms",), ("quantize:12",)):   # what either search stands
+        for method, most in (("separate", 300), ("spans", None)):
+            yield (Arm("cifar10", "B", method, batch=2, classes="distinct", steps=steps or most, know="withheld",
+                       defense=defense), 2 * {"quick": 1, "paper": 4}[preset])
 
 def span_arms(preset):
     """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
@@ -318,18 +322,32 @@ DEFENDED += [(spec.split(), "learned", "shared") for spec in (
     "weights:0.01", "clip:1 weights:0.01",
     *(f"clip:100 gaussian:{(2 * math.log(1.25 / 1e-5)) ** 0.5 / ε / 0.01:.6g} weights:0.01" for ε in (1e7, 1e6)))]
 
+@functools.cache
+def silent(model, arch, positions):
+    """The view of a model, and an update of zeros: what a client sends before it says anything."""
+    server = vit(model, arch, positions=positions)
+    return view(server), Update({name: torch.zeros_like(p) for name, p in server.named_parameters()})
+
+def can_start(arm):
+    """Do the clients of an arm send what its attack reads?"""
+    seen, everything = silent(arm.format.model, arm.arch, arm.positions)
+    kept = [spec for spec in arm.defense if spec.startswith("withhold:")]
+    if arm.know == "secret": kept.append("withhold:positions")
+    sent = compose(kept, seen, noise_generator(0))(replace(everything, examples=arm.batch))
+    return not obstacle(ATTACKS[arm.method], seen, sent)
+
 def defense_arms(preset):
     """Every attack of the list on every defence that leaves it what it reads; CIFAR-10 (chapter 28)."""
+    for arm, n in all_defense_arms(preset):
+        if can_start(arm): yield arm, n
+
+def all_defense_arms(preset):
+    """Every attack of the list on every defence."""
     steps, in_span, n, some, batches = {"quick": (4, 2, 1, 1, {2: 1}), "paper": (300, 100, 10, 5, {4: 1, 8: 1})}[preset]
     by_lbfgs = dict(labels="restored", steps=steps, attack=BY_LBFGS)
     for defense, positions, know in DEFENDED:   # noqa: F402
         common = dict(defense=tuple(defense), positions=positions, know=know)
-        kept = {spec.removeprefix("withhold:") for spec in defense if spec.startswith("withhold:")}
-        if positions != "learned" or know == "secret": kept.add("positions")
-        body = "body" in kept   # all blocks, whatever an attack can spare of the first
-        if body: kept = {"positions", "patch", "block"}
         for name, attack in ATTACKS.items():
-            if kept & set(attack.reads) - set(attack.spares) or body and "block" in attack.reads: continue
             if not attack.searches:
                 yield Arm("cifar10", "A" if name == "closed-form" else "B", name, **common), n
                 continue
@@ -341,7 +359,7 @@ def defense_arms(preset):
         for size, count in batches.items():
             batch = dict(batch=size, classes="random")
             of_spans = dict(steps={"quick": 2, "paper": 40}[preset])
-            if not body: yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
+            yield Arm("cifar10", "B", "spans", **of_spans, **batch, **common), size * count
             yield Arm("cifar10", "B", "dlg", **by_lbfgs, **batch, **common), size * count
 
 def figure6_arms(preset):
@@ -400,7 +418,7 @@ def sensitivity_arms(preset):
     for method in PUBLISHED: yield Arm("cifar10", "B", method, init="timm", steps=steps), n
 
 def tuning_arms(preset):
-    """What learning rate and weights do on architecture B, and the learning rate on A (chapters 14 and 15)."""
+    """What learning rate and weights do on architecture B; rate, first guess and schedule on A (chapters 14 and 15)."""
     steps, n = {"quick": (20, 2), "paper": (None, 4)}[preset]
     for method, changes in [
             ("april", [{"position": alpha} for alpha in (0.1, 1.0, 10.0, 100.0)]),
@@ -413,9 +431,10 @@ def tuning_arms(preset):
                 yield Arm(dataset, "B", method, steps=steps, attack={"lr": lr}, last=True), n
     printed = {"position": 1.0, "absolute": True}   # Eq. 12 with α = 1
     yield Arm("cifar10", "B", "april", steps=steps, attack=printed, last=True), n
+    others = ({"start": 0.0}, {"start": 0.1}, {"schedule": "constant"}, {"schedule": "steps"})
     for method in PUBLISHED:
-        for lr in (0.03, 0.1, 0.3):
-            yield Arm("cifar10", "A", method, steps=steps, attack={"lr": lr}, last=True), n
+        for change in (*({"lr": lr} for lr in (0.03, 0.1, 0.3)), *({"lr": RATES_A[method]} | other for other in others)):
+            yield Arm("cifar10", "A", method, steps=steps, attack=change, last=True), n
 
 # %% ../nbs/91_experiments.ipynb #d330ce58
 EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms,
@@ -631,7 +650,7 @@ def federations(preset):
         yield of({}, defence=defence), 1
     inits, later = {"quick": (("torch",), (1,)), "paper": (("torch", "timm"), (1, 2, 5))}[preset]
     for init, r in itertools.product(inits, later):
-        yield Federation({"images": 2, "batch": 2, "lr": 0.1}, init, rounds=r, clients=2, read=r), 1
+        yield Federation({"images": 2, "batch": 2, "lr": 0.1}, init, rounds=r, clients={"quick": 2, "paper": 8}[preset], read=r), 1
 
 # %% ../nbs/91_experiments.ipynb #be4f45be
 TRAININGS = {"federation": federations, "positions": position_trainings, "sgd-noise": noise_trainings}

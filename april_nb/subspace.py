@@ -152,13 +152,14 @@ def equations(
     """
     W_p, e, known = view.weight(view.patch_weight), view.weight(view.positions), len(view.known_tokens())
     P, images = len(e) - known, update.examples
-    T, patches, tokens = images * P + known, everything(W_p, "patches"), everything(view.weight(view.qkv[0]), "tokens")
-    if view.patch_weight in update.gradients:
+    T = images * P + known
+    if view.patch_weight not in update.gradients: patches = everything(W_p, "patches")
+    else:
         sent_patches = view.gradient(update, view.patch_weight)
         if images > 1: sent_patches = evened(sent_patches, images * P)   # faint images of a batch would be lost
         patches = row_space(sent_patches, images * P, update.dtype, "patches", needed=False)
-    if needed or set(view.qkv) <= update.gradients.keys():
-        tokens = row_space(evened(torch.cat([view.gradient(update, name) for name in view.qkv]), T), T, update.dtype, "tokens")
+    if not needed and not set(view.qkv) <= update.gradients.keys(): tokens = everything(view.weight(view.qkv[0]), "tokens")
+    else: tokens = row_space(evened(torch.cat([view.gradient(update, name) for name in view.qkv]), T), T, update.dtype, "tokens")
     embed, offset, fixed = W_p @ patches.basis, view.offsets().mT, view.known_tokens().mT
     occupied = tokens.basis
     if view.norm is not None:

@@ -58,6 +58,11 @@ def test_a_toy_attack_makes_rows(toy, monkeypatch):
     assert arms and not any("withhold:patch" in arm.defense for arm in arms)
 
 
+def test_where_a_client_sends_its_classifier_alone_only_searches_in_pixels_are_tried():
+    arms = [arm for arm, _ in defense_arms("quick") if "withhold:body" in arm.defense]
+    assert {arm.method for arm in arms} == {"dlg", "ig", "tag"}
+
+
 def test_a_toy_attack_is_in_the_audit_and_after_every_cure(toy, server):
     report = audit(server, PIXELS[:1], torch.tensor([3]), normalisation=FORMAT.normalisation, budget=0)
     found = {f.name: f for f in report.attacks}
