@@ -35,7 +35,19 @@ def literal(annotation):
     return f"``{MODULES.sub('', name)}``: "
 
 
+def no_method(app, what, name, obj, skip, options):
+    """Leaves out a dataclass' field whose default is a function: it is a parameter, and no method of that name."""
+    return True if inspect.isfunction(obj) and obj.__name__ not in (name, "<lambda>") else None
+
+
+def named_defaults(app, what, name, obj, options, signature, returns):
+    """Names functions and classes that are defaults of a dataclass, where `autodoc_preserve_defaults` does not reach."""
+    return signature and re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)'?>", r"\1", signature), returns
+
+
 def setup(app):
     """Runs before napoleon, which turns the sections into fields."""
     app.connect("autodoc-process-docstring", parameters, priority=400)
+    app.connect("autodoc-skip-member", no_method)
+    app.connect("autodoc-process-signature", named_defaults)
     return {"parallel_read_safe": True}

@@ -37,11 +37,27 @@ def mark(cell):
         }
 
 
-def keep_exponents(cell):
-    """Ties exponents to their numbers in a cell's tables, in place: a browser would break 1e-07 behind its hyphen."""
+def keep_together(cell):
+    """Ties in a cell's tables, in place, what a browser would break: 1e-07 behind its hyphen, short numbers at a space."""
     for output in cell.outputs:
         if table := output.get("data", {}).get("text/markdown"):
-            output.data["text/markdown"] = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", table)
+            head, *rows = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", table).split("\n")
+            tied = [re.sub(r"(?<=\| )[^|]*\d[^|]*(?= \|)", lambda entry: short(entry[0]), row) for row in rows]
+            output.data["text/markdown"] = "\n".join([head, *tied])
+
+
+def short(entry):
+    """Itself, without a space to break at if it has at most as many characters as a narrow column has room for."""
+    return entry.replace(" ", "\N{NO-BREAK SPACE}") if len(entry) <= 18 and "`" not in entry else entry
+
+
+MATHS = r'<span class="math notranslate nohighlight">[^<]*</span>'
+
+
+def tie(app, pagename, templatename, context, doctree):
+    """Keeps a formula on a line with the marks around it, and the space before a link out of the link."""
+    body = re.sub(rf"[(\[]*{MATHS}[.,;:!?)\]]+|[(\[]+{MATHS}", r'<span class="tied">\g<0></span>', context.get("body", ""))
+    context["body"] = re.sub(r'(<a class="reference internal" href="[^"]*">) ', r" \1", body)
 
 
 def read(text):
@@ -50,7 +66,7 @@ def read(text):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             mark(cell)
-            keep_exponents(cell)
+            keep_together(cell)
     return notebook
 
 
@@ -81,4 +97,5 @@ def cost(app, docname, source):
 def setup(app):
     """Makes this module a Sphinx extension; myst-nb finds `read` through `nb_custom_formats`."""
     app.connect("source-read", cost)
+    app.connect("html-page-context", tie)
     return {"parallel_read_safe": True}
