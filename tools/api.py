@@ -25,6 +25,7 @@ def parameters(app, what, name, obj, options, lines):
     # a summary and its details come first, what it raises last
     at = next((i for i, line in enumerate(lines) if line.strip() == "Raises"), len(lines))
     lines[at:at] = section + [""]
+    lines[:] = [re.sub(r"(?<!`)`([^`]*--[^`]*)`(?!`)", r"``\1``", line) for line in lines]   # --json, and no dash
 
 
 def literal(annotation):
