@@ -82,6 +82,11 @@ class Arm:
         """Of the images."""
         return FORMATS["imagenet" if self.dataset == "photos" else self.dataset]
 
+    @property
+    def withheld(self) -> tuple[str, ...]:
+        """Parts whose gradient its clients keep back, whatever their defence."""
+        return ("positions",) if self.know != "shared" and self.positions == "learned" else ()
+
     def matching(self) -> Settings | None:  # `None` for what has no settings
         """The settings of gradient matching in pixels, in full."""
         if self.method not in PUBLISHED: return None
@@ -190,12 +195,11 @@ def play(
     if arm.epochs: server.load_state_dict(trained(arm.dataset, arm.arch, arm.init, arm.epochs, seed))
     server = server.to(where, computed)
     attacker = guess_positions(server, arm.init, seed + 1) if arm.know == "secret" else server
-    withheld = ("positions",) if arm.know != "shared" and arm.positions == "learned" else ()
     pixels, classes = images.batch(ids)
     x = images.format.normalisation(pixels).to(where).unflatten(0, (-1, arm.batch))
     y = classes.to(where).view(-1, arm.batch)
     seeds = [seed + i for i in ids[::arm.batch]]
-    updates = [defended(arm, server, client_update(server, a.to(computed), b, dtype=sent, withheld=withheld), s)
+    updates = [defended(arm, server, client_update(server, a.to(computed), b, dtype=sent, withheld=arm.withheld), s)
                for a, b, s in zip(x, y, seeds)]
     return Round(attacker, updates, x, y, seeds)
 
@@ -279,9 +283,9 @@ def batch_arms(preset):
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
     for defense in ((), ("gaussian:0.001*rms",), ("gaussian:0.01*rms",), ("quantize:12",)):   # what either search stands
-        for method, most in (("separate", 300), ("spans", None)):
-            yield (Arm("cifar10", "B", method, batch=2, classes="distinct", steps=steps or most, know="withheld",
-                       defense=defense), 2 * {"quick": 1, "paper": 4}[preset])
+        few, pair = 2 * {"quick": 1, "paper": 4}[preset], dict(batch=2, classes="distinct", know="withheld", defense=defense)
+        yield Arm("cifar10", "B", "spans", steps=steps, **pair), few
+        if defense: yield Arm("cifar10", "B", "separate", steps=steps or 300, **pair), few   # without one: a mark, above
 
 def span_arms(preset):
     """Theorem 5: batches without labels and without position gradients, on architecture B (chapter 23)."""
@@ -331,8 +335,7 @@ def silent(model, arch, positions):
 def can_start(arm):
     """Do the clients of an arm send what its attack reads?"""
     seen, everything = silent(arm.format.model, arm.arch, arm.positions)
-    kept = [spec for spec in arm.defense if spec.startswith("withhold:")]
-    if arm.know == "secret": kept.append("withhold:positions")
+    kept = [*(spec for spec in arm.defense if spec.startswith("withhold:")), *(f"withhold:{part}" for part in arm.withheld)]
     sent = compose(kept, seen, noise_generator(0))(replace(everything, examples=arm.batch))
     return not obstacle(ATTACKS[arm.method], seen, sent)
 
@@ -649,8 +652,8 @@ def federations(preset):
     for defence in ("clip:0.1", "clip:0.01", "central:0.01", "local:1e8", "local:1e7", "local:1e6", "local:1e5"):
         yield of({}, defence=defence), 1
     inits, later = {"quick": (("torch",), (1,)), "paper": (("torch", "timm"), (1, 2, 5))}[preset]
-    for init, r in itertools.product(inits, later):
-        yield Federation({"images": 2, "batch": 2, "lr": 0.1}, init, rounds=r, clients={"quick": 2, "paper": 8}[preset], read=r), 1
+    for init, r, clients in itertools.product(inits, later, {"quick": (2,), "paper": (2, 8)}[preset]):
+        yield Federation({"images": 2, "batch": 2, "lr": 0.1}, init, rounds=r, clients=clients, read=r), 1
 
 # %% ../nbs/91_experiments.ipynb #be4f45be
 TRAININGS = {"federation": federations, "positions": position_trainings, "sgd-noise": noise_trainings}
