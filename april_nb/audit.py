@@ -371,8 +371,7 @@ def text(
     mark = lambda a: "!" if (a["psnr"] or a["foretold_psnr"] or 0) >= STOPPED else " "
     if report["lacks"]: lines += [f"note: {report['lacks']}"]
     lines += ["", "what the update tells"]
-    width = max((len(p["name"]) for p in report["parameters"]), default=0)
-    lines += [f"  {p['name']:{width}}  {p['status']:8}  {p['leaks']} ({p['theorem']})" for p in report["parameters"]]
+    for p in report["parameters"]: lines += [f"  {p['name']}: {p['status']}", f"      {p['leaks']} ({p['theorem']})"]
     lines += [f"  {report['others']} others: spans of their layers' inputs (Theorem 5), or gradient matching only", "", "attacks"]
     for a in report["attacks"]:
         lines += [f"{mark(a)} {a['name']:11}  {a['verdict']:14}  {number(a['psnr']):>6}  "

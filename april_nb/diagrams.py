@@ -223,6 +223,7 @@ def sent(
                 "gradient of its loss on images and labels that it keeps, may defend it, and sends an update: one "
                 "gradient for each parameter and the number of examples. Images, labels and activations are not sent. "
                 f"The server attacks the update and certifies the answer. Marked: {here}.")
+    d.frame(*PLACES[here], VERMILLION, stroke_width=3)   # below what it frames, so that no arrow ends under it
     for x, name in ((12, "Client"), (440, "Server")):
         d.box(x, 32, 228, 256, fill=0.04).words(x + 114, 14, name, 14, font_weight="bold")
     d.words(126, 56, "stay here: x, y, Z, ∂l/∂Z", 12).box(30, 80, 192, 28, "images x, labels y", ORANGE)
@@ -233,7 +234,6 @@ def sent(
     d.words(348, 228, "∇W_p, ∇E_{pos},\n∇W_q, ∇W_k, ∇W_v, …\nnumber of examples B", 12)
     d.box(458, 192, 192, 28, "attack", VERMILLION).arrow((554, 220), (554, 248))
     d.box(458, 250, 192, 28, "images, certificate", PURPLE)
-    d.frame(*PLACES[here], VERMILLION, stroke_width=3)
     return d.words(340, 308, f"▲ you are here: {here}", 13, font_weight="bold")
 
 # %% ../nbs/88_diagrams.ipynb #324551ed

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import ATTACKS, obstacle
+from .certificate import Reconstruction
 from .data import FORMATS, Format, Images, load, sample
 from .defenses import compose, noise_generator
 from .federated import AprilError, Update, client_update
@@ -223,7 +224,7 @@ def attack_slice(
             for i, score in zip(members, scores(all_of(guess, truth), truth, arm.format.normalisation))]
 
 # %% ../nbs/91_experiments.ipynb #1152653f
-BY_LBFGS = {"optimiser": "lbfgs", "schedule": "constant"}
+BY_LBFGS: dict[str, Any] = {"optimiser": "lbfgs", "schedule": "constant"}
 SMALL, ALL = ("mnist", "cifar10"), ("mnist", "cifar10", "imagenet")
 
 def closed_form_arms(preset):
@@ -575,6 +576,7 @@ class Federation:
     clients: int = 10            # each with images of its own
     read: int = 0                # the round whose messages are read (default: all)
     defence: str = ""            # see `april_nb.federation.behind`
+    search: int = 0              # steps of attacks that search, if all of the list read; else closed forms alone
     columns: ClassVar = COLUMNS  # of its rows
 
     @property
@@ -588,11 +590,26 @@ class Federation:
 
     def row(self, seed: int) -> dict:   # the columns of `KEY` but for experiment, method, settings, steps and image
         """What is the same in all rows of one federation."""
-        read = {"read": self.read} if self.read else {}
+        read = {name: value for name, value in (("read", self.read), ("search", self.search)) if value}
         fixed = {"init": self.init, "clients": self.clients, "rounds": self.rounds} | read | dict(self.terms)
         defended = {"defense": self.defence} if self.defence else {}
         return dict(dataset=name_of_data("cifar10"), arch="B", seed=seed, labels="none", positions="learned",
                     dtype=self.dtype, config=" ".join(f"{k}={v}" for k, v in (fixed | defended).items()))
+
+    def attacks(
+        self,
+        model: nn.Module,             # as the server sent it
+        updates: Sequence[Update],    # of its clients
+    ) -> Mapping[str, Callable[..., list[Reconstruction]]]:   # that read them, by name
+        """Theorem 3, behind a defence ridge regression, too, and of batches Theorem 5; or all of the list that can start."""
+        each = self.terms.get("images", 1)
+        few = ("spans",) if each > 1 else ("patch", "ridge") if self.defence else ("patch",)
+        if not self.search: return {name: ATTACKS[name] for name in few}
+        box, v = FORMATS["cifar10"].normalisation.box(), view(model)
+        by_lbfgs = {name: dict(settings=replace(paper_settings(name, self.search), **BY_LBFGS), box=box) for name in PUBLISHED}
+        limits = dict.fromkeys(("separate", "refine"), {"steps": self.search}) | {"spans": {"seconds": 30 * len(updates)}} | by_lbfgs
+        return {name: partial(attack, **limits.get(name, {})) for name, attack in ATTACKS.items()
+                if name != "closed-form" and not obstacle(attack, v, updates[0])}
 
     def once(
         self,
@@ -609,20 +626,23 @@ class Federation:
                            app, wrap, seed, **self.terms)
         each, to_mend = self.terms.get("images", 1), {"optimiser", "weight-decay"} & set(self.terms)
         ids = sample(images_of("cifar10").labels, self.clients * each)
-        methods = ("spans",) if each > 1 else ("patch", "ridge") if self.defence else ("patch",)
-        for (number, who), before in sorted(seen.found.items(), key=lambda pair: pair[0]):
-            if self.read not in (0, number): continue
-            reply, start = seen.replies[number, who], time.perf_counter()
-            reads = {"sent": update_of(reply, before, seen.terms)}
-            if to_mend: reads["mended"] = mended(before, reply, seen.terms)
-            for (reading, update), method in itertools.product(reads.items(), methods):
-                answer = ATTACKS[method](before, [update])[0]
-                truth = private(who - 1, self.clients, each)[0]
-                common = self.row(seed) | made(torch.device("cpu"), start) | dict(
-                    method=method, settings=reading, steps=number, loss=least_loss(answer), verdict=answer.verdict)
-                rows += [common | vars(score) | {"image_id": i} for i, score in zip(
-                    ids[(who - 1) * each:who * each], scores(all_of(answer.images, truth), truth, normalisation))]
-            watch(number, reply.content["metrics"]["loss"])
+        numbers = sorted({number for number, _ in seen.found}) if not self.read else [self.read]
+        for number in numbers:
+            before, replies = seen.found[number, 1], [seen.replies[number, who] for who in range(1, self.clients + 1)]
+            reads = {"sent": [update_of(reply, before, seen.terms) for reply in replies]}
+            if to_mend: reads["mended"] = [mended(before, reply, seen.terms) for reply in replies]
+            for reading, updates in reads.items():
+                for method, attack in self.attacks(before, updates).items():
+                    start = time.perf_counter()
+                    answers = attack(before, updates)
+                    common = self.row(seed) | made(torch.device("cpu"), start) | dict(method=method, settings=reading, steps=number)
+                    common["seconds"] = round(common["seconds"] / self.clients, 4)
+                    for who, answer in enumerate(answers):
+                        truth = private(who, self.clients, each)[0]
+                        found = common | dict(loss=least_loss(answer), verdict=answer.verdict)
+                        rows += [found | vars(score) | {"image_id": i} for i, score in zip(
+                            ids[who * each:(who + 1) * each], scores(all_of(answer.images, truth), truth, normalisation))]
+                    watch(number, max(least_loss(answer) for answer in answers))
         return rows
 
 # %% ../nbs/91_experiments.ipynb #8adc6e71
@@ -648,6 +668,8 @@ def federations(preset):
     for terms in ({}, five, five | {"momentum": 0.9}, five | {"momentum": 0.9, "weight-decay": 0.01},
                   adam, adam | {"optimiser": "adamw", "weight-decay": 0.01}, adam | five):
         for dtype in ("float32", "float64"): yield of(terms, dtype=dtype), 1
+        yield of(terms, clients={"quick": 2, "paper": 8}[preset], search={"quick": 2, "paper": 300}[preset]), 1
+    yield of({"images": 2, "lr": 0.1}, clients={"quick": 2, "paper": 8}[preset], search={"quick": 2, "paper": 300}[preset]), 1
     for terms in ({"lr": 0.01}, adam): yield of(terms, "torch", rounds={"quick": 2, "paper": 10}[preset]), 1
     for defence in ("clip:0.1", "clip:0.01", "central:0.01", "local:1e8", "local:1e7", "local:1e6", "local:1e5"):
         yield of({}, defence=defence), 1

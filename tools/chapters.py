@@ -56,18 +56,25 @@ MATHS = r'<span class="math notranslate nohighlight">[^<]*</span>'
 
 def tie(app, pagename, templatename, context, doctree):
     """Keeps a formula on a line with the marks around it, and the space before a link out of the link."""
-    body = re.sub(rf"[(\[]*{MATHS}[.,;:!?)\]]+|[(\[]+{MATHS}", r'<span class="tied">\g<0></span>', context.get("body", ""))
+    body = re.sub(rf"[(\[]*{MATHS}[.,;:!?)\]’]+s?|[(\[]+{MATHS}", r'<span class="tied">\g<0></span>', context.get("body", ""))
     context["body"] = re.sub(r'(<a class="reference internal" href="[^"]*">) ', r" \1", body)
 
 
 def read(text):
     """A notebook from its JSON text, with directives applied; myst-nb calls this for every chapter."""
     notebook = nbformat.reads(text, as_version=4)
-    for cell in notebook.cells:
+    for above, cell in zip([None, *notebook.cells], notebook.cells):
         if cell.cell_type == "code":
             mark(cell)
             keep_together(cell)
+            if ends_in_solution(above): cell.metadata.tags.append("hide-cell")
     return notebook
+
+
+def ends_in_solution(cell):
+    """Does a solution close a cell? The code below it is the rest of the solution, and no reader should meet it first."""
+    blocks = re.findall(r"^:::\{(\w+)\}", cell.source, re.M) if cell and cell.cell_type == "markdown" else []
+    return blocks[-1:] == ["solution"] and cell.source.rstrip().endswith(":::")
 
 
 def runnable(notebook):
