@@ -141,7 +141,7 @@ def obstacle(
     attack: Attack,   # of the list
     view: View,       # of the server's model
     update: Update,   # what the client sent
-) -> str:             # in one line; "" if there is none
+) -> str:             # in one line; empty if there is none
     """Why an attack cannot start on an update."""
     named = {"positions": (view.positions,), "patch": (view.patch_weight,), "block": view.qkv}
     few, many = attack.images

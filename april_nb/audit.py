@@ -291,7 +291,7 @@ class Audit:
     others: int                      # parameters that were sent beside them
     attacks: tuple[Finding, ...]     # on the update as it is
     cures: tuple[Cure, ...]          # ranked; none where nothing leaks
-    lacks: str                       # a part that the model does not have, and what applies without it; or ""
+    lacks: str                       # a part that the model does not have, and what applies without it; or nothing
     budget: float                    # seconds that all searches together were given
     needs: float                     # seconds that those which did not end would take about
     next_round: "Audit | None"       # after the classifier, zero now, was drawn at random

@@ -394,7 +394,7 @@ def summary(
                 systems=[vars(s) for s in answer.systems])
 
 def show(
-    report: dict,      # as printed with --json
+    report: dict,      # as printed with `--json`
     out: Path | None,  # where the picture went, if anywhere
 ) -> None:
     """Prints a report for people."""

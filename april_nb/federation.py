@@ -246,7 +246,7 @@ def mended(
 
 # %% ../nbs/30_federation.ipynb #5da90849
 def behind(
-    defence: str,  # NAME:VALUE, see the errors; "" for none
+    defence: str,  # NAME:VALUE, see the errors; nothing for none
     clients: int,  # in a round
 ) -> tuple[ClientApp, Callable[[Strategy], Strategy]]:  # what a client runs, and what wraps a strategy
     """One of the defences that Flower ships, around the client of this chapter or around a strategy.

@@ -43,7 +43,7 @@ class Heard:
     """A tensor that linear layers read while images pass the model."""
     names: tuple[str, ...]  # of the weights that multiply it
     a: Tensor               # shape (N, n, C); where a layer norm wrote it, with the norm's division undone
-    norm: str               # name of the layer norm that wrote it; "" if none did
+    norm: str               # name of the layer norm that wrote it; empty if none did
 
 def differentiable(
     model: nn.Module,    # left untouched
@@ -116,7 +116,7 @@ class Listener:
 class Span:
     """The span of what some layers read, as their gradient gives it away."""
     names: tuple[str, ...]  # of the layers' weights
-    norm: str               # of the layer norm before whose division inputs are taken; "" without one
+    norm: str               # of the layer norm before whose division inputs are taken; empty without one
     rows: Tensor            # numbers of the tokens whose inputs the span holds
     space: RowSpace         # of dimension M, in C dimensions
     rest: Tensor            # orthonormal basis of what is orthogonal to it, shape (C, C − M)

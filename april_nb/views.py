@@ -60,7 +60,7 @@ class View:
     attention_reads_stream: bool    # does the first attention read Z itself, and nothing else read Z?
     norm: tuple[str, str] | None = None  # names of γ and β of the layer norm before it; None where it reads Z
     block: str = "blocks.0"         # name of the first block
-    lacks: str = ""                 # the part that is missing, and what applies without it; "" if none is
+    lacks: str = ""                 # the part that is missing, and what applies without it; empty if none is
     bare: tuple[str, ...] = ()      # those of `prefix` that have no position
     channels_last: bool = False     # do rows of W_p take a patch as p × p × channels, not channels × p × p?
     out: str | None = None          # name of block 1's W_o, which brings the heads together; None if not found

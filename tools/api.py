@@ -32,7 +32,7 @@ def literal(annotation):
     """An annotation as code without the modules' names, for example ``Tensor``, and a colon."""
     if annotation is inspect.Parameter.empty:
         return ""
-    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation).replace("'", "")   # of classes that come later
     return f"``{MODULES.sub('', name)}``: "
 
 

@@ -6,11 +6,16 @@ Jupyter Book and the test run understand: tags, captions, alternative text.
 import csv
 import json
 import re
+from base64 import b64encode
 from pathlib import Path
 
+import matplotlib
 import nbformat
+from resvg_py import svg_to_bytes
 
 TIMES = Path(__file__).resolve().parent.parent / "results" / "times" / "chapters.csv"   # tools/execute.py writes it
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?\s*(.*?)\s*$")
 TAGS = {"hide": "remove-cell", "default_exp": "remove-cell", "code-fold": "hide-input", "eval": "skip-execution"}
@@ -51,6 +56,15 @@ def short(entry):
     return entry.replace(" ", "\N{NO-BREAK SPACE}") if len(entry) <= 18 and "`" not in entry else entry
 
 
+def add_picture(cell):
+    """Puts a picture beside a cell's drawing, in place: paper cannot show SVG."""
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "image/png" in data or not (drawing := re.search("<svg.*?</svg>", data.get("text/html", ""), re.S)): continue
+        svg = drawing[0].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace('"inherit"', '"DejaVu Sans"')
+        data["image/png"] = b64encode(svg_to_bytes(svg_string=svg, width=1400, font_dirs=[str(FONTS)], background="white")).decode()
+
+
 MATHS = r'<span class="math notranslate nohighlight">[^<]*</span>'
 
 
@@ -67,6 +81,7 @@ def read(text):
         if cell.cell_type == "code":
             mark(cell)
             keep_together(cell)
+            add_picture(cell)
             if ends_in_solution(above): cell.metadata.tags.append("hide-cell")
     return notebook
 
