@@ -16,11 +16,14 @@ from flwr.serverapp.strategy import (DifferentialPrivacyClientSideFixedClipping,
 from flwr.supercore.object_ref import load_app
 from torch.nn import functional as F
 
+from april_nb.attacks import ATTACKS
 from april_nb.defenses import compose, noise_generator, total_norm
+from april_nb.experiments import Federation
 from april_nb.federated import Update, client_update
 from april_nb.federation import (TERMS, InProcess, at_rest, client, draws, federate, private, server, steps_of, train,
                                  undo_adam, update_of)
 from april_nb.patch import patch_leakage
+from april_nb.runner import select
 from april_nb.views import view
 from april_nb.vit import vit
 
@@ -162,3 +165,11 @@ def test_flowers_defences_are_compositions_of_the_books(model, dtype, kind, monk
         assert distance(ours[name], honest[name]) > 1e-3
     published = (result.arrays.to_torch_state_dict()["positions"] - sender.positions.detach()).square().mean().sqrt()
     assert ("central" in kind) == (published > S / 4), "central noise is in the model that is published, not in what is read"
+
+
+def test_every_attack_of_the_list_that_can_start_reads_what_clients_send():
+    rows = Federation({}, clients=2, search=1).once(0, torch.device("cpu"))
+    assert {row["method"] for row in rows} == set(ATTACKS) - {"closed-form", "separate"}   # of architecture A, of batches
+    assert all(len(select(rows, method=method)) == 2 for method in {row["method"] for row in rows})
+    assert min(row["psnr"] for row in select(rows, method="patch")) > 80
+    assert {row["method"] for row in Federation({}, clients=2).once(0, torch.device("cpu"))} == {"patch"}
