@@ -144,7 +144,7 @@ def test_chapter_15_finds_april_level_with_tag_on_mnist_at_another_rate():
     tag, = (values(select(ROWS("table1"), dataset="mnist", method="tag", settings="paper"), "mse").quantile(q).item() for q in (0.5,))
     assert min(april, key=april.get) == "2.0" and april["2.0"] < 5 * tag < april["1.0"] / 1000
     text = prose("15_table1")
-    assert "APRIL comes to 4 · 10⁻¹¹" in text and f"{april['2.0']:.0e}" == "4e-11" and "All four were tuned" not in text
+    assert r"APRIL comes to $4 \cdot 10^{-11}$" in text and f"{april['2.0']:.0e}" == "4e-11" and "All four were tuned" not in text
 
 
 def test_chapter_16_counts_attacks_where_it_counted_images():
