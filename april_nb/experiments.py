@@ -615,8 +615,8 @@ class Federation:
         self,
         seed: int,            # of the weights and of Flower's noise
         where: torch.device,  # for the name of it: clients and server compute on the CPU
-        watch: Callable[[int, float], None] = lambda step, loss: None,  # told each round
-    ) -> list[dict]:          # a row for each round, client, closed form and reading
+        watch: Callable[[int, float], None] = lambda step, loss: None,  # told the round after each attack, and its loss
+    ) -> list[dict]:          # a row for each round, client, attack and reading
         """Plays the federation and reads its messages: as sent, and mended where decay or Adam can be undone."""
         from april_nb.federation import behind, federate, mended, private, update_of
         model, rows = vit("vit_cifar", "B", self.init, seed).to(getattr(torch, self.dtype)), []
@@ -626,8 +626,7 @@ class Federation:
                            app, wrap, seed, **self.terms)
         each, to_mend = self.terms.get("images", 1), {"optimiser", "weight-decay"} & set(self.terms)
         ids = sample(images_of("cifar10").labels, self.clients * each)
-        numbers = sorted({number for number, _ in seen.found}) if not self.read else [self.read]
-        for number in numbers:
+        for number in [self.read] if self.read else range(1, self.rounds + 1):
             before, replies = seen.found[number, 1], [seen.replies[number, who] for who in range(1, self.clients + 1)]
             reads = {"sent": [update_of(reply, before, seen.terms) for reply in replies]}
             if to_mend: reads["mended"] = [mended(before, reply, seen.terms) for reply in replies]
@@ -662,14 +661,15 @@ def noise_trainings(preset):
 def federations(preset):
     """What Flower's clients send: rates, optimisers, rounds, and the defences that Flower ships (chapter 30)."""
     of = partial(Federation, clients={"quick": 2, "paper": 10}[preset])
+    by_all = partial(Federation, clients={"quick": 2, "paper": 8}[preset], search={"quick": 2, "paper": 300}[preset])
     for init in ("torch", "timm"):
         for lr in (0.1, 0.01, 0.001): yield of({"lr": lr}, init), 1
     five, adam = {"epochs": 5}, {"optimiser": "adam", "lr": 0.001}
     for terms in ({}, five, five | {"momentum": 0.9}, five | {"momentum": 0.9, "weight-decay": 0.01},
                   adam, adam | {"optimiser": "adamw", "weight-decay": 0.01}, adam | five):
         for dtype in ("float32", "float64"): yield of(terms, dtype=dtype), 1
-        yield of(terms, clients={"quick": 2, "paper": 8}[preset], search={"quick": 2, "paper": 300}[preset]), 1
-    yield of({"images": 2, "lr": 0.1}, clients={"quick": 2, "paper": 8}[preset], search={"quick": 2, "paper": 300}[preset]), 1
+        yield by_all(terms), 1
+    yield by_all({"images": 2, "lr": 0.1}), 1
     for terms in ({"lr": 0.01}, adam): yield of(terms, "torch", rounds={"quick": 2, "paper": 10}[preset]), 1
     for defence in ("clip:0.1", "clip:0.01", "central:0.01", "local:1e8", "local:1e7", "local:1e6", "local:1e5"):
         yield of({}, defence=defence), 1
