@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'timer', 'median_seconds', 'matmul_peak', 'engine_step', 'bench', 'resident', 'memory', 'timed_arms',
-           'conditions', 'forget_peak', 'timed_attack', 'attack_times', 'job_arms', 'measured', 'job_times',
-           'start_times']
+           'conditions', 'forget_peak', 'ready', 'timed_attack', 'attack_times', 'Held', 'most_held', 'job_arms',
+           'measured', 'job_times', 'start_times']
 
 # %% ../nbs/92_bench.ipynb #b3c10c03
 #| code-fold: true
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
 from .attacks import ATTACKS
-from .experiments import Arm, all_of, plan, play
+from .certificate import Reconstruction
+from .experiments import Arm, Round, all_of, plan, play
 from .federated import Update, client_update
 from .matching import Matcher, plain_shares
 from .metrics import scores
@@ -145,6 +149,21 @@ def forget_peak(
     if where.type == "cuda": torch.cuda.reset_peak_memory_stats()
     elif psutil.LINUX: Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
+def ready(
+    arm: Arm,             # what is attacked
+    victims: int,         # how many
+    where: torch.device,  # to compute on
+) -> tuple[Round, Callable[..., list[Reconstruction]]]:   # who plays, and the attack on the first k victims or all
+    """An arm's attack with everything that it is told, not yet begun."""
+    ids = [i for part in plan("bench", arm, victims * arm.batch, 0, where) for i in part.ids]
+    played = play(arm, ids, 0, where)
+    terms = dict(labels=None if arm.method == "spans" else played.y, steps=arm.steps, settings=arm.matching(),
+                 box=arm.format.normalisation.box(), restarts=arm.restarts)
+
+    def attack(k=None, **limits):
+        return ATTACKS[arm.method](played.attacker, played.updates[:k], seeds=played.seeds[:k], **terms, **limits)
+    return played, attack
+
 def timed_attack(
     arm: Arm,             # what is attacked
     victims: int,         # how many, one after the other
@@ -153,20 +172,16 @@ def timed_attack(
 ) -> dict:                # a row of `april_nb.runner.TIMING`
     """Times one attack, here and now; to be called in a fresh process."""
     torch.set_num_threads(1)
-    ids = [i for part in plan("bench", arm, victims * arm.batch, 0, where) for i in part.ids]
-    row, attack, played = conditions(where), ATTACKS[arm.method], play(arm, ids, 0, where)
-    terms = dict(labels=played.y, steps=arm.steps, settings=arm.matching(), box=arm.format.normalisation.box(),
-                 restarts=arm.restarts)
-    if arm.method == "spans": terms["labels"] = None
-    if not attack.searches: attack(played.attacker, played.updates[:1], seeds=played.seeds[:1], **terms)   # warms up
+    row, searches, (played, attack) = conditions(where), ATTACKS[arm.method].searches, ready(arm, victims, where)
+    if not searches: attack(1)   # warms up
     forget_peak(where)
     before, start, cpu = memory(where), time.perf_counter(), time.process_time()
-    answers = attack(played.attacker, played.updates, seeds=played.seeds, seconds=budget, **terms)
+    answers = attack(seconds=budget)
     if where.type == "cuda": torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     found = [score.psnr for answer, truth in zip(answers, played.x)
              for score in scores(all_of(answer.images, truth), truth, arm.format.normalisation)]
-    ended = not attack.searches or seconds < budget
+    ended = not searches or seconds < budget
     return row | dict(what="attack", method=arm.method, model=arm.format.model, arch=arm.arch, batch=arm.batch,
                       victims=victims, jobs=1, steps=arm.row(0)["steps"], seconds=round(seconds, 3),
                       cpu_seconds=round(cpu_seconds, 3), memory_mb=round((memory(where, peak=True) - before) / 2 ** 20, 1),
@@ -180,6 +195,37 @@ def attack_times(
     """Times every one of `timed_arms`, each in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn"), follow_driver, max_tasks_per_child=1) as fresh:
         for arm, victims in timed_arms(): yield fresh.submit(timed_attack, arm, victims, where, budget).result()
+
+# %% ../nbs/92_bench.ipynb #9be5d1c4
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made in a block and still there: `now`, and `most` at any time."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.sizes: dict[int, int] = {}   # of storages, by address
+
+    def freed(self, address):
+        self.now -= self.sizes.pop(address)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        storages = lambda tree: {s.data_ptr(): s for t in tree_leaves(tree) if isinstance(t, Tensor)
+                                 if (s := t.untyped_storage()).nbytes()}
+        before, after = storages((args, kwargs)), storages(out := func(*args, **kwargs or {}))
+        for address in after.keys() - before.keys() - self.sizes.keys():
+            self.sizes[address] = after[address].nbytes()
+            self.now += self.sizes[address]
+            weakref.finalize(after[address], self.freed, address)
+        self.most = max(self.most, self.now)
+        return out
+
+def most_held(
+    arm: Arm,      # what is attacked
+    victims: int,  # how many, at once where the attack does so
+) -> int:          # bytes beside the model and the updates
+    """The most that an attack's tensors take at any time, counted on a CPU: closed forms and gradient matching."""
+    _, attack = ready(arm, victims, torch.device("cpu"))
+    with Held() as held: attack()
+    return held.most
 
 # %% ../nbs/92_bench.ipynb #970dac84
 def job_arms() -> Iterator[tuple[Arm, int]]:  # what is attacked, and how many images
