@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'FALLEN', 'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED',
-           'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse', 'span_of', 'input_spans',
-           'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian', 'Formed', 'Products',
-           'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places', 'places_of', 'beside',
-           'wanted', 'begun', 'companions', 'alike', 'assembled', 'share', 'without', 'label_of', 'Find',
-           'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling', 'by_rows_and_columns', 'together',
-           'unexplained', 'conclude', 'peel', 'spans']
+           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'HEARD', 'ECHO', 'OVER', 'TRIES', 'GROWN', 'FALLEN', 'BLUNT',
+           'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span',
+           'rehearse', 'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along',
+           'jacobian', 'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens',
+           'Places', 'places_of', 'beside', 'wanted', 'begun', 'companions', 'alike', 'assembled', 'families', 'heard',
+           'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling',
+           'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -274,6 +274,11 @@ class Suspect:
         """What coordinates of a patch add to its token, shape (C, k)."""
         return self.view.weight(self.view.patch_weight) @ self.family.R @ self.family.Q
 
+    @property
+    def base(self) -> Tensor:
+        """The tokens of coordinates that are zero, shape (P, C)."""
+        return self.view.offsets() + (self.view.weight(self.view.patch_weight) @ self.family.R @ self.family.h).mT
+
     def entries(self, spans: Sequence[Span]) -> int:
         """Of the Jacobian of the residual on some layers."""
         return math.prod(self.shape) * sum(len(span.rows) * span.rest.shape[1] for span in spans)
@@ -372,10 +377,9 @@ class Formed:
     """The linear model of f at c with its Jacobian formed: exact steps."""
     def __init__(
         self,
-        f: Callable[[Tensor], Tensor],  # of coordinates (k, P), a vector (E,)
-        c: Tensor,                      # where, shape (k, P)
+        JT: Tensor,  # Jᵀ, shape (kP, E)
     ):
-        self.JT = jacobian(f, c.float()).double()   # in float32: an inexact step costs steps, not precision
+        self.JT = JT.double()
         self.A = self.JT @ self.JT.mT
         self.I = self.A.diagonal().mean() * torch.eye(len(self.A), dtype=self.A.dtype, device=self.A.device)
 
@@ -495,7 +499,7 @@ def by_places(
 # %% ../nbs/23_spans.ipynb #0cb628dc
 ARRIVED = 10.0  # a residual of this many times what errors explain: at the truth, give or take their estimate
 STALL = 1e-3    # a step that lowers the residual by less than this share has arrived, at the truth or elsewhere
-FORMED = 1e8    # entries of a Jacobian that may be formed
+FORMED = 1e8    # entries of a Jacobian that is worth its forming
 KEPT = 0.25     # a step that leaves less of the sum of squares was foretold so well that its Jacobian serves again
 
 def descend(
@@ -505,12 +509,14 @@ def descend(
     told: Callable[[Tensor, float], bool] = lambda c, r: True,  # of coordinates and residual; False ends it
     damping: float = 1e-3,          # at the start, in units of the mean of JᵀJ's diagonal
     nearly: Callable[[Tensor], Callable[[Tensor, float], Tensor] | None] = lambda c: None,  # for `Products`
+    derivative: Callable[[Tensor], Tensor] | None = None,  # of coordinates, Jᵀ; default: by forward differentiation
 ) -> tuple[Tensor, Tensor, "Formed | Products | None"]:  # coordinates; residual there (E,); the last step's linear model
     """Gauss–Newton with Levenberg–Marquardt damping."""
     r, growth, slow, model, kept = f(c), 2.0, 0, None, False
-    Model = Formed if c.numel() * len(r) <= FORMED else lambda f, c: Products(f, c, nearly(c))
+    exactly = derivative or (lambda c: jacobian(f, c.float()))   # in float32: an inexact step costs steps, not precision
+    linear = (lambda c: Formed(exactly(c))) if c.numel() * len(r) <= FORMED else lambda c: Products(f, c, nearly(c))
     for _ in range(steps if c.numel() else 0):   # without unknowns linear equations alone have decided
-        model = model if kept else Model(f, c)
+        model = model if kept else linear(c)
         g, cost = model.slope(r), r.square().sum()
         for _ in range(12):
             step = -model.solve(g, damping)
@@ -638,7 +644,7 @@ class Places:
         by_patches = torch.full((self.k,), suspect.size, dtype=torch.double).to(known)
         self.scale = torch.cat([by_patches, by_heads])
         self.into = torch.cat([suspect.into, v.weight(v.out) @ self.U], 1) * self.scale
-        self.base = v.offsets() + (v.weight(v.patch_weight) @ family.R @ family.h).mT + v.bias(v.out)
+        self.base = suspect.base + v.bias(v.out)
         norm, W = suspect.listeners[torch.float64].model.get_submodule(self.first.norm), v.weight(self.first.names[0])
         γ, β = norm.weight.double(), norm.bias.double()
         centred = lambda u: u - u.mean(-1, keepdim=True)
@@ -977,6 +983,55 @@ def assembled(
             break
     return images
 
+# %% ../nbs/23_spans.ipynb #7b31d5e0
+HEARD = 15      # steps of Gauss–Newton that bring tokens near enough for their own equations
+ECHO = 1e-4     # relative error of what the heads gave a token that was found
+OVER = 10       # equations for each unknown that make it worth trying
+TRIES = 5       # first guesses, if what comes of one is no token
+GROWN = 1.25    # times as many tokens as when nothing was heard are worth another try
+
+def families(
+    tokens: Tokens,  # found so far
+    P: int,          # places
+) -> list[Tensor]:   # numbers of those of one image each, those of most tokens first
+    """Tokens that are of one image, from one to the next; where two would stand at one place, none."""
+    near, _ = beside(tokens, P)
+    while not torch.equal(near, wider := near.double() @ near.double() > 0): near = wider
+    all_of_them = [row.nonzero()[:, 0] for row in near.unique(dim=0)] if len(near) else []
+    return sorted((some for some in all_of_them if len(tokens.place[some].unique()) == len(some)), key=len, reverse=True)
+
+def heard(
+    suspect: Suspect,  # of what is left of an update
+    tokens: Tokens,    # some of one image, at different places
+    generator: torch.Generator,  # of the first guess
+    told: Callable[[Tensor, float], bool] = lambda c, r: True,  # of coordinates and residual at every step; False ends it
+) -> tuple[Tensor, Tensor]:  # the image, shape (1, channels, H, W), and the places where it is not yet known, shape (n,)
+    """What stands at the other places of an image, from what the heads gave its tokens: o = softmax(s q kᵀ) v."""
+    v, place = suspect.view, tokens.place
+    others = torch.tensor([t for t in range(suspect.shape[1]) if t not in place.tolist()]).to(place)
+    q, k, u = v.queries(torch.cat([tokens.x, v.known_tokens()]))
+    base, into, unit = suspect.base[others], suspect.into, ECHO * tokens.o.square().mean().sqrt()
+    q = v.scale * q[:, :len(place)]
+    read = lambda c: v.queries(base + (into @ c).mT)[1:]   # keys and values at the other places
+    def attend(more_k, more_u):
+        weights = (q @ torch.cat([k, more_k], 1).mT).softmax(-1)
+        return weights[..., len(k[0]):], weights @ torch.cat([u, more_u], 1)
+    def off(c):
+        o = attend(*read(c.double()))[1].transpose(0, 1).flatten(1)
+        return ((o - tokens.o) / unit).flatten().to(c)
+    def derivative(c):
+        each = torch.eye(len(c)).to(c)[..., None].expand(-1, -1, len(others))   # a token's own key and value alone depend on it
+        dk, du = vmap(lambda way: along(read, c, way))(each).unbind(1)          # shape (k, heads, others, d)
+        (weights, o), at = attend(*read(c)), read(c)[1]
+        by_key = torch.einsum("hjd,ihsd,hjs->ihjs", q, dk, weights)
+        J = (torch.einsum("ihjs,hsd->isjhd", by_key, at) - torch.einsum("ihjs,hjd->isjhd", by_key, o)
+             + torch.einsum("hjs,ihsd->isjhd", weights, du))
+        return J.flatten(2).flatten(0, 1) / unit
+    c = suspect.draw(generator)
+    c[:, place] = suspect.family.coordinates(tokens.patch, place)
+    c[:, others], *_ = descend(off, c[:, others], HEARD, told, derivative=derivative)
+    return suspect.image(c), others
+
 # %% ../nbs/23_spans.ipynb #3775d3cd
 def share(
     model: nn.Module,   # the server's model, in float64
@@ -1153,6 +1208,8 @@ class Peeling:
         self.scale = 1.0   # of the client's gradient, by clipping for example
         self.tokens: Tokens | None = None   # of images that are not complete
         self.tried = self.images            # what has been put together of tokens
+        self.begun: Tokens | None = None    # of one image, of which most tokens are known
+        self.deaf = 0                       # how many tokens there were when nothing was heard
         self.history: list[float] = []
 
     @property
@@ -1211,6 +1268,7 @@ class Peeling:
         if self.tokens is None: tokens = sure.nothing()
         else: tokens = self.tokens if self.places else places.recalled(self.tokens, steps)
         for image in self.images: tokens = tokens.without(sure.standing(image))
+        self.begun, self.deaf = None, 0
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
         P, by_products = suspect.shape[1], suspect.entries(suspect.wider) > FORMED
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
@@ -1220,8 +1278,10 @@ class Peeling:
             if self.late: return
             near = more[(more.fit < NEARLY).nonzero()[:, 0]].without(tokens)
             before, tokens = len(tokens.x), tokens.with_more(sure.recalled(near, steps))
+            tokens, whole = self.with_heard(suspect, sure, tokens, g, steps)
+            if self.late: return
             if len(tokens.x): self.tokens = tokens
-            images = [suspect.picture(X[None]) for X in assembled(suspect.view, tokens)]
+            images = [suspect.picture(X[None]) for X in (whole, *assembled(suspect.view, tokens)) if len(X)]
             new = [x for x in images if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
             self.tried = torch.cat([self.tried, *new])
             some, lacking = begun(tokens, P) if by_products and not new else (None, P)
@@ -1231,6 +1291,31 @@ class Peeling:
                 if fit < ARRIVED: new = [image]
                 else: tokens = tokens.with_more(sure.recalled(sure.standing(image[0]), steps))
             yield new
+
+    def hear(self, suspect, sure, some, generator, steps):
+        """Tokens of an image that some of it have heard; none if no first guess leads to any."""
+        for _ in range(TRIES):
+            image, others = heard(suspect, some, generator, lambda c, fit: self.tell(fit, []))
+            near = sure.standing(image[0])
+            more = sure.recalled(near[others], steps)
+            off = (more.o - near.o[more.place]).norm(dim=1)   # a stranger's heads gave something else
+            more = more[(off < NEAR * more.o.norm(dim=1)).nonzero()[:, 0]]
+            if len(more.x) or self.late: break
+        return more
+
+    def with_heard(self, suspect, sure, tokens, generator, steps):
+        """Tokens with those that others of their image have heard, and all patches of an image that is complete with them."""
+        (k, P), C, none = suspect.shape, tokens.o.shape[1], tokens.patch[:0]
+        if len(tokens.x) <= GROWN * self.deaf: return tokens, none
+        some = max([self.begun or tokens[:0], *(tokens[family] for family in families(tokens, P))], key=lambda some: len(some.x))
+        while P > len(some.x) >= OVER * k * (P - len(some.x)) / C and not self.late:
+            more = self.hear(suspect, sure, some, generator, steps)
+            if not len(more.x): break
+            some = Tokens.together([some, more])
+        before, tokens = len(tokens.x), tokens.with_more(some)
+        self.deaf = len(tokens.x) if len(tokens.x) == before else 0
+        self.begun = some if len(some.x) < P else None
+        return tokens, none if self.begun else some.patch[some.place.argsort()]
 
     def completed(self, suspect, tokens, generator, steps):
         """The image to which a descent leads that begins with some tokens of one, and its fit."""

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torchvision.models import VisionTransformer
 
+import april_nb.spans
 from april_nb.data import FORMATS, photos
 from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import client_update, generator_of
 from april_nb.metrics import best_assignment, psnr
 from april_nb.spans import (ARRIVED, NEAR, Formed, Peeling, Products, Suspect, Tokens, activation, assembled, begun, beside, by_places,
-                            certify_tokens, companions, conclude, freed, input_spans, jacobian, label_of, own_jacobians,
+                            certify_tokens, companions, conclude, families, freed, heard, input_spans, jacobian, label_of, own_jacobians,
                             places_of, polish, spans, unexplained, wanted)
 from april_nb.separation import family
 from april_nb.subspace import subspace_leakage
@@ -383,6 +384,56 @@ def test_an_image_that_lacks_one_token_of_four_is_found_from_the_others():
     assert arrived and all(psnr(image, x[2:]) > 60 for image in arrived)
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_tokens_of_an_image_say_what_stands_where_nothing_was_found(missing):
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 1, 3])
+    suspect, places, found = tokens_of(model, x, update)
+    image, others = heard(suspect, found[2][torch.arange(missing, 4)], generator_of(0))
+    assert others.tolist() == list(range(missing))
+    confirmed = places.recalled(places.standing(image[0])[others], 60)
+    assert confirmed.place.tolist() == others.tolist()
+    torch.testing.assert_close(confirmed.patch, found[2].patch[others], rtol=0, atol=1e-3)
+
+
+def test_what_a_coordinate_does_to_what_tokens_hear_is_the_derivative(monkeypatch):
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 2])
+    suspect, _, found = tokens_of(model, x, update)
+    asked = []
+    def descend(f, c, steps, told, derivative):
+        asked.append((derivative(c), torch.func.jacfwd(f)(c).flatten(1)))
+        return c, None, None
+    monkeypatch.setattr(april_nb.spans, "descend", descend)
+    heard(suspect, found[0][torch.tensor([1, 3])], generator_of(0))
+    (JT, J), = asked
+    torch.testing.assert_close(JT, J.mT)
+
+
+def test_families_are_tokens_of_one_image_and_no_two_of_them_stand_at_one_place():
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 1, 3])
+    _, _, found = tokens_of(model, x, update)
+    part = Tokens.together(found)[torch.tensor([0, 1, 2, 4, 5, 8])]
+    assert [family.tolist() for family in families(part, 4)] == [[0, 1, 2], [3, 4], [5]]
+    assert families(part[:0], 4) == []
+    twice = replace(part, place=torch.tensor([0, 1, 0, 0, 1, 0]))
+    assert [family.tolist() for family in families(twice, 4)] == [[3, 4], [5]]
+
+
+def test_an_image_whose_last_tokens_no_first_guess_leads_to_is_completed_by_what_the_others_heard():
+    model = small(init=init_timm)
+    x, update = batch(model, [1, 1, 3])
+    suspect, places, found = tokens_of(model, x, update)
+    peeling = Peeling(model, update, None, math.inf, lambda fit, images: None)
+    part = Tokens.together(found)[torch.tensor([0, 1, 2, 4, 8])]
+    tokens, whole = peeling.with_heard(suspect, places, part, generator_of(0), 60)
+    torch.testing.assert_close(whole, found[0].patch, rtol=0, atol=1e-3)
+    assert len(tokens.x) == 6 and peeling.begun is None
+    tokens, whole = peeling.with_heard(suspect, places, part[3:], generator_of(0), 60)
+    assert len(tokens.x) == 2 and not len(whole), "a token or two of an image do not say enough"
+
+
 def test_what_patches_do_to_their_own_tokens_is_the_derivative_of_what_the_mlp_reads():
     model = small()
     x, update = batch(model, [1, 2])
@@ -407,7 +458,7 @@ def test_after_twenty_products_with_blocks_of_places_a_tenth_of_the_error_is_lef
     c = suspect.draw(generator_of(0))
     units = suspect.units(suspect.image(c), suspect.wider)
     f = lambda c: suspect.residual(c, suspect.wider, units)
-    exact = Formed(f, c)
+    exact = Formed(jacobian(f, c.float()))
     step = exact.solve(exact.slope(f(c)), 1e-6)
     def off(products, *nearly):
         model = Products(f, c, *nearly)
