@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'HEARD', 'ECHO', 'OVER', 'TRIES', 'GROWN', 'FALLEN', 'BLUNT',
-           'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span',
+           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'LINKED', 'HEARD', 'ECHO', 'OVER', 'TRIES', 'DEAF', 'FALLEN',
+           'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span',
            'rehearse', 'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along',
            'jacobian', 'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens',
            'Places', 'places_of', 'beside', 'wanted', 'begun', 'companions', 'alike', 'assembled', 'families', 'heard',
@@ -984,21 +984,22 @@ def assembled(
     return images
 
 # %% ../nbs/23_spans.ipynb #7b31d5e0
+LINKED = 0.5    # tokens to whom the heads gave what is closer than this, relative, are of one image
 HEARD = 15      # steps of Gauss–Newton that bring tokens near enough for their own equations
 ECHO = 1e-4     # relative error of what the heads gave a token that was found
 OVER = 10       # equations for each unknown that make it worth trying
-TRIES = 5       # first guesses, if what comes of one is no token
-GROWN = 1.25    # times as many tokens as when nothing was heard are worth another try
+TRIES = 2       # first guesses, if what comes of one is no token
+DEAF = 8        # rounds after which those to whom that happened are asked again
 
 def families(
     tokens: Tokens,  # found so far
-    P: int,          # places
 ) -> list[Tensor]:   # numbers of those of one image each, those of most tokens first
     """Tokens that are of one image, from one to the next; where two would stand at one place, none."""
-    near, _ = beside(tokens, P)
+    if not len(tokens.o): return []
+    near = torch.cdist(tokens.o, tokens.o) < LINKED * tokens.o.norm(dim=1).mean()
     while not torch.equal(near, wider := near.double() @ near.double() > 0): near = wider
-    all_of_them = [row.nonzero()[:, 0] for row in near.unique(dim=0)] if len(near) else []
-    return sorted((some for some in all_of_them if len(tokens.place[some].unique()) == len(some)), key=len, reverse=True)
+    linked = [row.nonzero()[:, 0] for row in near.unique(dim=0)]
+    return sorted((some for some in linked if len(tokens.place[some].unique()) == len(some)), key=len, reverse=True)
 
 def heard(
     suspect: Suspect,  # of what is left of an update
@@ -1209,7 +1210,7 @@ class Peeling:
         self.tokens: Tokens | None = None   # of images that are not complete
         self.tried = self.images            # what has been put together of tokens
         self.begun: Tokens | None = None    # of one image, of which most tokens are known
-        self.deaf = 0                       # how many tokens there were when nothing was heard
+        self.deaf = 0                       # rounds of first guesses until tokens are asked again
         self.history: list[float] = []
 
     @property
@@ -1306,16 +1307,17 @@ class Peeling:
     def with_heard(self, suspect, sure, tokens, generator, steps):
         """Tokens with those that others of their image have heard, and all patches of an image that is complete with them."""
         (k, P), C, none = suspect.shape, tokens.o.shape[1], tokens.patch[:0]
-        if len(tokens.x) <= GROWN * self.deaf: return tokens, none
-        some = max([self.begun or tokens[:0], *(tokens[family] for family in families(tokens, P))], key=lambda some: len(some.x))
+        self.deaf -= 1
+        if self.deaf > 0: return tokens, none
+        some = max([self.begun or tokens[:0], *(tokens[family] for family in families(tokens))], key=lambda some: len(some.x))
         while P > len(some.x) >= OVER * k * (P - len(some.x)) / C and not self.late:
             more = self.hear(suspect, sure, some, generator, steps)
-            if not len(more.x): break
+            if not len(more.x):
+                self.deaf = DEAF
+                break
             some = Tokens.together([some, more])
-        before, tokens = len(tokens.x), tokens.with_more(some)
-        self.deaf = len(tokens.x) if len(tokens.x) == before else 0
         self.begun = some if len(some.x) < P else None
-        return tokens, none if self.begun else some.patch[some.place.argsort()]
+        return tokens.with_more(some), none if self.begun else some.patch[some.place.argsort()]
 
     def completed(self, suspect, tokens, generator, steps):
         """The image to which a descent leads that begins with some tokens of one, and its fit."""
