@@ -97,10 +97,27 @@ def test_batches_image_by_image():
                                ("… three batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
                                ("… four pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
                                 "timm batch=2 classes=random restarts=10 patch=32 qkv_bias=True"),
-                               ("… three pairs of ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
+                               ("… five pairs of ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
                                 "torchvision batch=2 classes=random restarts=10 patch=32 qkv_bias=True")):
         some, found, lowest = whole(how, dataset)
         assert some == found == count[name.split()[1]] and f"lowest {lowest} dB" in result(name)
+
+
+def test_batches_from_trained_models_and_from_noisy_updates():
+    def whole(config, dataset="cifar10", dtype="float32"):
+        some = group(rows("spans", dataset=dataset, dtype=dtype, config=f"init={config}"), "loss").values()
+        found = [values(one, "psnr").min().item() for one in some if values(one, "psnr").min() >= 50]
+        return len(some), str(len(found)), f"{min(found, default=0):.0f}"
+    pair = "batch=2 classes=pair restarts=10"
+    early = [whole(f"torch {pair} epochs={e}") for e in (1, 5, 20)]
+    timm, digits = whole(f"timm {pair} epochs=1"), whole(f"timm {pair} epochs=12", "mnist")
+    assert all(one[0] == 10 for one in (*early, timm, digits))
+    of = lambda i: f"{' / '.join(one[i] for one in early)}; {timm[i]}; and {digits[i]}"
+    assert result("… other trained models") == f"{of(1)} of ten whole. Lowest image of the whole batches {of(2)} dB"
+    rough = [whole(f"torch {pair}", dtype="float16"), *(whole(f"torch {pair} defense=gaussian:{σ}*rms") for σ in ("0.0001", "0.001"))]
+    assert [one[0] for one in rough] == [5, 5, 5]
+    assert result("… two of one class, float16") == (f"{' / '.join(one[1] for one in rough)} whole, `approximate`. "
+                                                     f"Lowest image of the whole batches {rough[0][2]} / {rough[1][2]} dB")
 
 
 def test_trainings():
