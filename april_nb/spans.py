@@ -8,9 +8,9 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG
            'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span',
            'rehearse', 'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along',
            'jacobian', 'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens',
-           'Places', 'places_of', 'beside', 'wanted', 'begun', 'companions', 'alike', 'assembled', 'families', 'heard',
-           'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling',
-           'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
+           'Places', 'places_of', 'beside', 'wanted', 'begun', 'companions', 'alike', 'assembled', 'families',
+           'from_heads', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish',
+           'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -1001,7 +1001,7 @@ def families(
     linked = [row.nonzero()[:, 0] for row in near.unique(dim=0)]
     return sorted((some for some in linked if len(tokens.place[some].unique()) == len(some)), key=len, reverse=True)
 
-def heard(
+def from_heads(
     suspect: Suspect,  # of what is left of an update
     tokens: Tokens,    # some of one image, at different places
     generator: torch.Generator,  # of the first guess
@@ -1023,9 +1023,9 @@ def heard(
     def derivative(c):
         each = torch.eye(len(c)).to(c)[..., None].expand(-1, -1, len(others))   # a token's own key and value alone depend on it
         dk, du = vmap(lambda way: along(read, c, way))(each).unbind(1)          # shape (k, heads, others, d)
-        (weights, o), at = attend(*read(c)), read(c)[1]
+        weights, o = attend(*(now := read(c)))
         by_key = torch.einsum("hjd,ihsd,hjs->ihjs", q, dk, weights)
-        J = (torch.einsum("ihjs,hsd->isjhd", by_key, at) - torch.einsum("ihjs,hjd->isjhd", by_key, o)
+        J = (torch.einsum("ihjs,hsd->isjhd", by_key, now[1]) - torch.einsum("ihjs,hjd->isjhd", by_key, o)
              + torch.einsum("hjs,ihsd->isjhd", weights, du))
         return J.flatten(2).flatten(0, 1) / unit
     c = suspect.draw(generator)
@@ -1279,12 +1279,14 @@ class Peeling:
             if self.late: return
             near = more[(more.fit < NEARLY).nonzero()[:, 0]].without(tokens)
             before, tokens = len(tokens.x), tokens.with_more(sure.recalled(near, steps))
-            tokens, whole = self.with_heard(suspect, sure, tokens, g, steps)
+            tokens, complete = self.with_heard(suspect, sure, tokens, g, steps)
             if self.late: return
             if len(tokens.x): self.tokens = tokens
-            images = [suspect.picture(X[None]) for X in (whole, *assembled(suspect.view, tokens)) if len(X)]
-            new = [x for x in images if not ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any()]
-            self.tried = torch.cat([self.tried, *new])
+            new = []
+            for X in (*complete, *assembled(suspect.view, tokens)):   # both may know an image
+                x = suspect.picture(X[None])
+                if ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any(): continue
+                self.tried, new = torch.cat([self.tried, x]), [*new, x]
             some, lacking = begun(tokens, P) if by_products and not new else (None, P)
             if len(tokens.x) - before < lacking < P:   # another round would not complete the image
                 image, fit = self.completed(suspect, tokens[some], g, steps)
@@ -1296,7 +1298,7 @@ class Peeling:
     def hear(self, suspect, sure, some, generator, steps):
         """Tokens of an image that some of it have heard; none if no first guess leads to any."""
         for _ in range(TRIES):
-            image, others = heard(suspect, some, generator, lambda c, fit: self.tell(fit, []))
+            image, others = from_heads(suspect, some, generator, lambda c, fit: self.tell(fit, []))
             near = sure.standing(image[0])
             more = sure.recalled(near[others], steps)
             off = (more.o - near.o[more.place]).norm(dim=1)   # a stranger's heads gave something else
@@ -1305,10 +1307,10 @@ class Peeling:
         return more
 
     def with_heard(self, suspect, sure, tokens, generator, steps):
-        """Tokens with those that others of their image have heard, and all patches of an image that is complete with them."""
-        (k, P), C, none = suspect.shape, tokens.o.shape[1], tokens.patch[:0]
+        """Tokens with those that others of their image have heard, and the patches of the image if it is complete with them."""
+        (k, P), C = suspect.shape, tokens.o.shape[1]
         self.deaf -= 1
-        if self.deaf > 0: return tokens, none
+        if self.deaf > 0: return tokens, []
         some = max([self.begun or tokens[:0], *(tokens[family] for family in families(tokens))], key=lambda some: len(some.x))
         while P > len(some.x) >= OVER * k * (P - len(some.x)) / C and not self.late:
             more = self.hear(suspect, sure, some, generator, steps)
@@ -1317,7 +1319,7 @@ class Peeling:
                 break
             some = Tokens.together([some, more])
         self.begun = some if len(some.x) < P else None
-        return tokens.with_more(some), none if self.begun else some.patch[some.place.argsort()]
+        return tokens.with_more(some), [] if self.begun else [some.patch[some.place.argsort()]]
 
     def completed(self, suspect, tokens, generator, steps):
         """The image to which a descent leads that begins with some tokens of one, and its fit."""
