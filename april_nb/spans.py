@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG', 'NEARLY', 'LOOSE', 'HOLD', 'ROUNDS', 'SPARE',
-           'AT_ONCE', 'NEAR', 'ALIKE', 'BEGUN', 'AMPLE', 'LINKED', 'HEARD', 'ECHO', 'OVER', 'TRIES', 'DEAF', 'FALLEN',
-           'BLUNT', 'SHARP', 'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span',
-           'rehearse', 'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along',
-           'jacobian', 'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens',
-           'Places', 'places_of', 'beside', 'wanted', 'begun', 'companions', 'alike', 'assembled', 'families',
-           'from_heads', 'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish',
-           'Peeling', 'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
+           'AT_ONCE', 'NEAR', 'ALIKE', 'MOST', 'LINKED', 'CLOSEST', 'HEARD', 'ECHO', 'FALLEN', 'BLUNT', 'SHARP',
+           'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse',
+           'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian',
+           'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places',
+           'places_of', 'beside', 'wanted', 'companions', 'alike', 'assembled', 'families', 'from_heads', 'share',
+           'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling',
+           'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
 #| code-fold: true
@@ -408,11 +408,12 @@ class Products:
         f: Callable[[Tensor], Tensor],  # of coordinates (k, P), a vector (E,)
         c: Tensor,                      # where, of any shape
         nearly: Callable[[Tensor, float], Tensor] | None = None,  # of a flat g, about (JᵀJ + damping)⁻¹ g
+        push: Callable[[Tensor], Tensor] | None = None,  # of a step, J step; default: by forward differentiation
     ):
         c = c.float()
         self.shape, self.nearly = c.shape, nearly
-        self.push = lambda step: along(f, c, step)   # `linearize` adds in place and drifts where f is a gradient
-        self.pull = vjp(f, c)[1]
+        self.push = push or (lambda step: along(f, c, step))   # `linearize` adds in place and drifts where f is a gradient
+        self.pull = vjp(push or f, c)[1]
         probe = torch.randn(c.numel(), generator=generator_of(0)).to(c)
         self.scale = (self.curvature(probe) / probe.square().sum()).item()   # about the mean of JᵀJ's diagonal
 
@@ -509,12 +510,13 @@ def descend(
     told: Callable[[Tensor, float], bool] = lambda c, r: True,  # of coordinates and residual; False ends it
     damping: float = 1e-3,          # at the start, in units of the mean of JᵀJ's diagonal
     nearly: Callable[[Tensor], Callable[[Tensor, float], Tensor] | None] = lambda c: None,  # for `Products`
-    derivative: Callable[[Tensor], Tensor] | None = None,  # of coordinates, Jᵀ; default: by forward differentiation
+    push: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,  # of coordinates and a step, J step there: by products
 ) -> tuple[Tensor, Tensor, "Formed | Products | None"]:  # coordinates; residual there (E,); the last step's linear model
     """Gauss–Newton with Levenberg–Marquardt damping."""
     r, growth, slow, model, kept = f(c), 2.0, 0, None, False
-    exactly = derivative or (lambda c: jacobian(f, c.float()))   # in float32: an inexact step costs steps, not precision
-    linear = (lambda c: Formed(exactly(c))) if c.numel() * len(r) <= FORMED else lambda c: Products(f, c, nearly(c))
+    def linear(c: Tensor) -> Formed | Products:
+        if push or c.numel() * len(r) > FORMED: return Products(f, c, nearly(c), push and push(c))
+        return Formed(jacobian(f, c.float()))   # in float32: an inexact step costs steps, not precision
     for _ in range(steps if c.numel() else 0):   # without unknowns linear equations alone have decided
         model = model if kept else linear(c)
         g, cost = model.slope(r), r.square().sum()
@@ -884,8 +886,7 @@ def places_of(
 # %% ../nbs/23_spans.ipynb #b4def595
 NEAR = 0.3   # heads of tokens of one image give outputs closer than this, relative, while attention is nearly a mean
 ALIKE = 0.9  # of all places: there, the tokens nearest to two of one image are the same
-BEGUN = 0.6  # of an image's tokens are enough to find the others from, all at once
-AMPLE = 25   # steps for that: what arrives has arrived by then
+MOST = 0.6   # of all places must have a choice of tokens for that
 
 def beside(
     tokens: Tokens,  # found so far, n of them
@@ -900,7 +901,7 @@ def beside(
     off, at = torch.cdist(o, o), F.one_hot(place, P).mT.bool()
     near = (off < NEAR * o.norm(dim=1)).mT
     choices = [torch.where(here, off, math.inf).argmin(1) for here in at if here.sum() > 1]
-    if len(choices) >= BEGUN * P:
+    if len(choices) >= MOST * P:
         nearest = torch.stack(choices, 1)
         near = (nearest[:, None] == nearest).double().mean(2) > ALIKE
     return near, near.double() @ at.mT.double()
@@ -919,21 +920,6 @@ def wanted(
     else: i = torch.multinomial(1 / near.double().sum(1), 1, generator=generator).item()
     at = everywhere[there[i] == 0]
     return tokens.o[i], at.repeat(P // len(at)) if len(at) else everywhere
-
-def begun(
-    tokens: Tokens,  # found so far
-    P: int,          # places
-) -> tuple[Tensor, int]:  # numbers of its tokens; how many places are without one
-    """The image that lacks fewest tokens, but some; of none if that is too many to go on from.
-
-    Two tokens at one place are not of one image: where that is said of them, strangers stand together.
-    """
-    near, there = beside(tokens, P)
-    lacks = (there == 0).sum(1)
-    some = (lacks > 0) & (lacks <= (1 - BEGUN) * P) & (there <= 1).all(1)
-    if not some.any(): return torch.arange(0), P
-    i = torch.where(some, lacks, P).argmin()
-    return near[i].nonzero()[:, 0], int(lacks[i])
 
 # %% ../nbs/23_spans.ipynb #4332df64
 def companions(
@@ -985,21 +971,22 @@ def assembled(
 
 # %% ../nbs/23_spans.ipynb #7b31d5e0
 LINKED = 0.5    # tokens to whom the heads gave what is closer than this, relative, are of one image
-HEARD = 15      # steps of Gauss–Newton that bring tokens near enough for their own equations
+CLOSEST = 0.01  # where closer ones than this would stand at one place, none are
+HEARD = 10      # steps of Gauss–Newton that bring tokens near enough for their own equations
 ECHO = 1e-4     # relative error of what the heads gave a token that was found
-OVER = 10       # equations for each unknown that make it worth trying
-TRIES = 2       # first guesses, if what comes of one is no token
-DEAF = 8        # rounds after which those to whom that happened are asked again
 
 def families(
     tokens: Tokens,  # found so far
+    linked: float = LINKED,  # how close those of one image are, relative
 ) -> list[Tensor]:   # numbers of those of one image each, those of most tokens first
-    """Tokens that are of one image, from one to the next; where two would stand at one place, none."""
+    """Tokens that are of one image, from one to the next; where two would stand at one place, those that are closer."""
     if not len(tokens.o): return []
-    near = torch.cdist(tokens.o, tokens.o) < LINKED * tokens.o.norm(dim=1).mean()
+    near, found = torch.cdist(tokens.o, tokens.o) < linked * tokens.o.norm(dim=1).mean(), []
     while not torch.equal(near, wider := near.double() @ near.double() > 0): near = wider
-    linked = [row.nonzero()[:, 0] for row in near.unique(dim=0)]
-    return sorted((some for some in linked if len(tokens.place[some].unique()) == len(some)), key=len, reverse=True)
+    for some in (row.nonzero()[:, 0] for row in near.unique(dim=0)):
+        if len(tokens.place[some].unique()) == len(some): found.append(some)
+        elif linked > CLOSEST: found += [some[part] for part in families(tokens[some], linked / 2)]
+    return sorted(found, key=len, reverse=True)
 
 def from_heads(
     suspect: Suspect,  # of what is left of an update
@@ -1020,17 +1007,19 @@ def from_heads(
     def off(c):
         o = attend(*read(c.double()))[1].transpose(0, 1).flatten(1)
         return ((o - tokens.o) / unit).flatten().to(c)
-    def derivative(c):
-        each = torch.eye(len(c)).to(c)[..., None].expand(-1, -1, len(others))   # a token's own key and value alone depend on it
-        dk, du = vmap(lambda way: along(read, c, way))(each).unbind(1)          # shape (k, heads, others, d)
-        weights, o = attend(*(now := read(c)))
-        by_key = torch.einsum("hjd,ihsd,hjs->ihjs", q, dk, weights)
-        J = (torch.einsum("ihjs,hsd->isjhd", by_key, now[1]) - torch.einsum("ihjs,hjd->isjhd", by_key, o)
-             + torch.einsum("hjs,ihsd->isjhd", weights, du))
-        return J.flatten(2).flatten(0, 1) / unit
+    W, narrow = torch.cat([v.weight(name) for name in v.qkv]).unflatten(0, (3, -1))[1:].flatten(0, 1).float(), into.float()
+    def push(c):   # by hand: forward differentiation of attention takes ten times as long
+        now, Z = read(c), base + (into @ c).mT
+        weights, o, value, query = (part.float() for part in (*attend(*now), now[1], q))
+        def along_step(step):
+            made = v.normed_along(Z, (narrow @ step).mT.double()).float() @ W.mT
+            dk, du = made.unflatten(1, (2, v.heads, -1)).permute(1, 2, 0, 3)
+            dw = weights * (query @ dk.mT)
+            return ((dw @ value - dw.sum(2, keepdim=True) * o + weights @ du).transpose(0, 1) / unit.float()).flatten()
+        return along_step
     c = suspect.draw(generator)
     c[:, place] = suspect.family.coordinates(tokens.patch, place)
-    c[:, others], *_ = descend(off, c[:, others], HEARD, told, derivative=derivative)
+    c[:, others], *_ = descend(off, c[:, others], HEARD, told, push=push)
     return suspect.image(c), others
 
 # %% ../nbs/23_spans.ipynb #3775d3cd
@@ -1209,8 +1198,6 @@ class Peeling:
         self.scale = 1.0   # of the client's gradient, by clipping for example
         self.tokens: Tokens | None = None   # of images that are not complete
         self.tried = self.images            # what has been put together of tokens
-        self.begun: Tokens | None = None    # of one image, of which most tokens are known
-        self.deaf = 0                       # rounds of first guesses until tokens are asked again
         self.history: list[float] = []
 
     @property
@@ -1269,64 +1256,32 @@ class Peeling:
         if self.tokens is None: tokens = sure.nothing()
         else: tokens = self.tokens if self.places else places.recalled(self.tokens, steps)
         for image in self.images: tokens = tokens.without(sure.standing(image))
-        self.begun, self.deaf = None, 0
         told = lambda fit, X: self.tell(fit, [suspect.picture(X[None])])
-        P, by_products = suspect.shape[1], suspect.entries(suspect.wider) > FORMED
+        P = suspect.shape[1]
         for seed in (seed + r for seed in seeds for r in range(ROUNDS)):
             g = generator_of(seed)
             like, at = wanted(tokens, P, g) if seed % 4 else (None, torch.arange(P))
             more = places.search(at.to(suspect.family.h.device), g, steps, replace(tokens, u=places.coordinates(tokens)), like, told)
             if self.late: return
             near = more[(more.fit < NEARLY).nonzero()[:, 0]].without(tokens)
-            before, tokens = len(tokens.x), tokens.with_more(sure.recalled(near, steps))
-            tokens, complete = self.with_heard(suspect, sure, tokens, g, steps)
+            tokens = self.with_heard(suspect, sure, tokens.with_more(sure.recalled(near, steps)), g, steps)
             if self.late: return
             if len(tokens.x): self.tokens = tokens
             new = []
-            for X in (*complete, *assembled(suspect.view, tokens)):   # both may know an image
+            for X in assembled(suspect.view, tokens):
                 x = suspect.picture(X[None])
                 if ((self.tried - x).flatten(1).norm(dim=1) < SAME * x.norm()).any(): continue
                 self.tried, new = torch.cat([self.tried, x]), [*new, x]
-            some, lacking = begun(tokens, P) if by_products and not new else (None, P)
-            if len(tokens.x) - before < lacking < P:   # another round would not complete the image
-                image, fit = self.completed(suspect, tokens[some], g, steps)
-                if self.late: return
-                if fit < ARRIVED: new = [image]
-                else: tokens = tokens.with_more(sure.recalled(sure.standing(image[0]), steps))
             yield new
 
-    def hear(self, suspect, sure, some, generator, steps):
-        """Tokens of an image that some of it have heard; none if no first guess leads to any."""
-        for _ in range(TRIES):
-            image, others = from_heads(suspect, some, generator, lambda c, fit: self.tell(fit, []))
-            near = sure.standing(image[0])
-            more = sure.recalled(near[others], steps)
-            off = (more.o - near.o[more.place]).norm(dim=1)   # a stranger's heads gave something else
-            more = more[(off < NEAR * more.o.norm(dim=1)).nonzero()[:, 0]]
-            if len(more.x) or self.late: break
-        return more
-
     def with_heard(self, suspect, sure, tokens, generator, steps):
-        """Tokens with those that others of their image have heard, and the patches of the image if it is complete with them."""
-        (k, P), C = suspect.shape, tokens.o.shape[1]
-        self.deaf -= 1
-        if self.deaf > 0: return tokens, []
-        some = max([self.begun or tokens[:0], *(tokens[family] for family in families(tokens))], key=lambda some: len(some.x))
-        while P > len(some.x) >= OVER * k * (P - len(some.x)) / C and not self.late:
-            more = self.hear(suspect, sure, some, generator, steps)
-            if not len(more.x):
-                self.deaf = DEAF
-                break
-            some = Tokens.together([some, more])
-        self.begun = some if len(some.x) < P else None
-        return tokens.with_more(some), [] if self.begun else [some.patch[some.place.argsort()]]
-
-    def completed(self, suspect, tokens, generator, steps):
-        """The image to which a descent leads that begins with some tokens of one, and its fit."""
-        c = suspect.draw(generator)
-        c[:, tokens.place] = suspect.family.coordinates(tokens.patch, tokens.place)
-        c, fit = one_image(suspect, c, suspect.wider, min(steps, AMPLE), lambda c, fit: self.tell(fit, [suspect.image(c)]))
-        return suspect.image(c), fit
+        """Tokens with those that others of their image have heard."""
+        for some in [tokens[i] for i in families(tokens)[:self.rest.examples]]:
+            if len(some.x) == suspect.shape[1]: continue
+            image, others = from_heads(suspect, some, generator, lambda c, fit: self.tell(fit, []))
+            if self.late: break
+            tokens = tokens.with_more(sure.recalled(sure.standing(image[0])[others], steps))
+        return tokens
 
     def find(
         self,

@@ -202,6 +202,17 @@ class View:
         gain, bias = map(self.weight, self.norm)
         return nn.functional.layer_norm(Z, Z.shape[-1:], gain, bias, self.eps)
 
+    def normed_along(
+        self,
+        Z: Tensor,     # tokens of the stream, shape (n, C)
+        step: Tensor,  # a direction, of the shape of Z
+    ) -> Tensor:       # shape (n, C)
+        """The derivative of what the first attention reads of tokens along a step."""
+        if self.norm is None: return step
+        z, dz = Z - Z.mean(1, keepdim=True), step - step.mean(1, keepdim=True)
+        variance = z.square().mean(1, keepdim=True) + self.eps
+        return self.weight(self.norm[0]) * (dz - z * (z * dz).mean(1, keepdim=True) / variance) / variance.sqrt()
+
     def bias(
         self,
         name: str,   # of a weight
