@@ -63,6 +63,13 @@ def best(spec, positions="learned"):
     return max(group(some, "method", "config").values(), key=lambda one: values(one, "psnr").quantile(0.5).item())
 
 
+def test_photographs_on_a_smaller_model_come_back_by_search():
+    some = group(rows("table1-b32"), "method")
+    means = ", ".join(f"{name} {values(some[m,], 'mse').mean():.2g}" for m, name in (("dlg", "DLG"), ("ig", "IG"), ("april", "APRIL")))
+    assert result("… ImageNet, two photographs on a ViT-B/32") == f"mean MSE: {means}"
+    assert all(len(pair) == 2 and {r["steps"] for r in pair} == {5000} for pair in some.values())
+
+
 def test_defences_are_held_against_the_best_attack():
     noise = ("clip:1", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms", "quantize:8")
     assert result("Every attack on every defence") == " / ".join(mid(best(spec)) for spec in noise) + " dB"
