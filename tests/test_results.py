@@ -101,7 +101,7 @@ def test_batches_image_by_image():
     count = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
     for name, dataset, how in (("… one batch of four photographs", "photos", "torch batch=4 classes=distinct restarts=10 patch=32"),
                                ("… five batches of four", "imagenet", "torch batch=4 classes=random restarts=10 patch=32"),
-                               ("… three batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
+                               ("… five batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
                                ("… four pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
                                 "timm batch=2 classes=random restarts=10 patch=32 qkv_bias=True"),
                                ("… five pairs of ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
