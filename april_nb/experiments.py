@@ -316,6 +316,8 @@ def span_arms(preset):
         shape = {"patch": 32} | ({"qkv_bias": True} if init != "torch" else {})   # both libraries' have the bias
         large = Arm(dataset, "B", "spans", init=init, batch=batch, classes=classes, model=shape, **common)
         yield large, {"quick": 0, "paper": n * batch}[preset]
+    for batch in (2, 3):   # ViT-B/16, to the end of its count
+        yield Arm("imagenet", "B", "spans", batch=batch, classes="random", **common), {"quick": 0, "paper": 5 * batch}[preset]
     hidden = ("withhold:positions", "withhold:patch")
     yield Arm("photos", "B", "spans", restarts=2, defense=hidden), {"quick": 0, "paper": 1}[preset]   # ViT-B/16
 

@@ -104,6 +104,7 @@ def test_batches_image_by_image():
                                ("… five batches of eight", "imagenet", "torch batch=8 classes=random restarts=10 patch=32"),
                                ("… four pairs of ImageNet photographs on a ViT-B/32 with timm", "imagenet",
                                 "timm batch=2 classes=random restarts=10 patch=32 qkv_bias=True"),
+                               ("… two pairs of ImageNet photographs on a ViT-B/16", "imagenet", "torch batch=2 classes=random restarts=10"),
                                ("… one batch of four ImageNet photographs on a ViT-B/32 with timm", "imagenet",
                                 "timm batch=4 classes=random restarts=10 patch=32 qkv_bias=True"),
                                ("… one batch of four ImageNet photographs on a ViT-B/32 with torchvision", "imagenet",
