@@ -23,6 +23,7 @@ from .linear import NotRecoverable
 from .optimization import Settings, match, paper_settings
 from .patch import patch_leakage, ridge_leakage
 from .refinement import refine
+from .secret import secret
 from .separation import separate
 from .spans import spans
 from .subspace import subspace_leakage
@@ -101,6 +102,11 @@ def spanning(model, updates, terms):
     return spans(model, updates, terms.steps, terms.labels, terms.seeds, terms.watch, guesses, terms.seconds,
                  kept=terms.kept)
 
+def unplaced(model, updates, terms):
+    """Images from an update whose table of positions the server does not know; labels come with the images."""
+    patience = 50 if terms.restarts == 1 else terms.restarts
+    return secret(model, updates, terms.steps, terms.seeds, terms.watch, patience, terms.seconds, terms.kept)
+
 def separating(model, updates, terms):
     """A batch in the span of its patches."""
     return separate(model, updates, terms.steps, labels_of(model, updates, terms), terms.seeds, terms.watch,
@@ -119,6 +125,7 @@ ATTACKS = {   # by the name that `--method` takes
     "spans": searching("Thm 5", "Theorem 5", spanning, ("patch", "block"), ("patch", "block"), labels=False, steps=60),
     "separate": searching("Separated", "Theorem 4, then a search", separating, ("patch", "block"), ("patch",), (2, math.inf)),
     "refine": searching("Refined", "Theorem 4, then a search", refining, ("patch", "block"), ("patch",), (1, 1)),
+    "secret": searching("Thm 6", "Theorem 6", unplaced, ("patch", "block"), labels=False, steps=60),
     "tag": searching("TAG", "a search", matching("tag")),
     "april": searching("APRIL", "a search", matching("april"), ("positions",)),
     "dlg": searching("DLG", "a search", matching("dlg")),
@@ -272,6 +279,9 @@ def best_attack(
         return name, "of the closed forms with a unique answer the one that foretells the least error"
     nothing = next((n for n, a in found.items() if a.verdict == "nothing-leaks"), None)
     if nothing: return nothing, found[nothing].reason
+    gaps = [gap(v, update) or 0.0 for gap in (prediction_gap, token_gap)]
+    if gaps[0] < FOREIGN < gaps[1] and not why["secret"]:
+        return "secret", "the model's weights are the client's, its positions are not: the attack that does not ask for them"
     search = next((n for n, attack in ATTACKS.items() if attack.searches and not why[n]), None)
     closest = max(found, key=lambda n: determined(found[n]), default=None)
     if search is None and closest is None: raise NotApplicable("; ".join(dict.fromkeys(why.values())))

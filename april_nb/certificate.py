@@ -128,6 +128,7 @@ class Reconstruction:
     history: Tensor | None = None # loss at each step of an optimiser; None for a closed form
     finished: bool = True        # or did its time end it?
     method: str | None = None    # the attack's name in the list, where `attack` ran it
+    positions: Tensor | None = None  # the table of positions, shape (T, C), where an attack found it; rows up to multiples of 1
 
 def judge(
     systems: tuple[System, ...],  # certificates

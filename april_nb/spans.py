@@ -7,9 +7,9 @@ __all__ = ['DEEP', 'ARRIVED', 'STALL', 'FORMED', 'KEPT', 'SAME', 'RIGHT', 'WRONG
            'AT_ONCE', 'NEAR', 'ALIKE', 'MOST', 'LINKED', 'CLOSEST', 'HEARD', 'ECHO', 'FALLEN', 'BLUNT', 'SHARP',
            'TOGETHER', 'PRODUCTS', 'GAINED', 'Heard', 'differentiable', 'Enough', 'Listener', 'Span', 'rehearse',
            'span_of', 'input_spans', 'linear_spans', 'mlp_of', 'activation', 'Suspect', 'freed', 'along', 'jacobian',
-           'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'Places',
-           'places_of', 'beside', 'wanted', 'companions', 'alike', 'assembled', 'families', 'from_heads', 'share',
-           'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling',
+           'Formed', 'Products', 'own_jacobians', 'by_places', 'descend', 'one_image', 'search', 'Tokens', 'OneToken',
+           'Places', 'places_of', 'beside', 'wanted', 'companions', 'alike', 'assembled', 'families', 'from_heads',
+           'share', 'without', 'label_of', 'Find', 'certify_tokens', 'certify', 'linear_error', 'polish', 'Peeling',
            'by_rows_and_columns', 'together', 'unexplained', 'conclude', 'peel', 'spans']
 
 # %% ../nbs/23_spans.ipynb #c2a9c7b5
@@ -625,46 +625,32 @@ ROUNDS = 20     # first guesses for every place, for each restart
 SPARE = 1.5     # equations for each unknown of a token with which a search begins
 AT_ONCE = 4e7  # numbers in a Jacobian of several tokens
 
-class Places:
-    """What the spans of the first block say of one token, for each place."""
+# %% ../nbs/23_spans.ipynb #32c35ff2
+class OneToken:
+    """What the first block's MLP says of one token: what its second layer reads must lie in that layer's span.
+
+    Whoever derives from it says which streams behind the attention are asked: z of each place, the same run through
+    the first layer as y, and, for each of n coordinates, `free`, what both gain; `loose`, where errors may lead; and N.
+    """
     def __init__(
         self,
-        suspect: Suspect,  # of an update
-        update: Update,    # the same
+        view: View,          # of the server's model
+        server: nn.Module,   # that model, in float64
         mlp: tuple[Span, Span],  # spans of its MLP's two layers
-        φ: nn.Module,      # the activation between them
+        φ: nn.Module,        # the activation between them
     ):
-        v, family, (self.first, self.second), self.φ = suspect.view, suspect.family, mlp, φ
-        B, P, known = update.examples, v.patches, v.known_tokens()
-        T, C = P + len(known), v.weight(v.out).shape[1]
-        sent = evened(v.gradient(update, v.out), B * T) if v.out in update.gradients else torch.eye(C).to(known)
-        self.U = row_space(sent, B * T, update.dtype, "attention").basis
-        self.view, self.family, self.k = v, family, family.Q.shape[1]
-        x = torch.randn(4, *v.image_shape, generator=generator_of(0), dtype=torch.double).to(known)
-        seen = torch.cat([v.attended(v.stream(image))[-P:] for image in x])
-        by_heads = (seen @ self.U).square().mean(0).sqrt()          # how large μ is, in a rehearsal
-        by_patches = torch.full((self.k,), suspect.size, dtype=torch.double).to(known)
-        self.scale = torch.cat([by_patches, by_heads])
-        self.into = torch.cat([suspect.into, v.weight(v.out) @ self.U], 1) * self.scale
-        self.base = suspect.base + v.bias(v.out)
-        norm, W = suspect.listeners[torch.float64].model.get_submodule(self.first.norm), v.weight(self.first.names[0])
-        γ, β = norm.weight.double(), norm.bias.double()
-        centred = lambda u: u - u.mean(-1, keepdim=True)
-        occupied = torch.cat([self.first.space.basis, β[:, None]], 1) if β.any() else self.first.space.basis
-        rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
-        L, l = rest.mT @ (γ[:, None] * centred(self.into.mT).mT), (centred(self.base) * γ) @ rest
-        U, S, Vt = torch.linalg.svd(L)
-        own = family.least - family.hidden + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent or patches anything
-        guess = centred(self.base + torch.randn(P, len(self.scale), generator=generator_of(0), dtype=torch.double).to(S) @ self.into.mT)
-        error = self.first.deviation(γ * guess + β * guess.square().mean(1, keepdim=True).sqrt()).median()   # of an equation
-        fixed = min(max(L.shape[1] - own, 0), int((S > ARRIVED * error).sum()))   # the others are not known to a tenth
-        self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
-        draws = torch.randn(LOOSE, fixed, generator=generator_of(0), dtype=torch.double).to(S)
-        read = lambda z: (centred(z), (centred(z) * γ) @ W.mT)
-        self.z, self.y = read(self.base + self.w @ self.into.mT)                # (P, C), (P, H)
-        self.free = read(self.N.mT @ self.into.mT)                              # (n, C), (n, H)
-        self.loose = read(draws / S[:fixed] @ Vt[:fixed] @ self.into.mT)        # where errors of the linear equations lead
-        self.γ, self.β, self.b, self.ε = γ, β, W @ β + v.bias(self.first.names[0]), norm.eps
+        self.view, (self.first, self.second), self.φ, self.k = view, mlp, φ, 0   # of the coordinates, those of the patch
+        norm, self.W = server.get_submodule(self.first.norm), view.weight(self.first.names[0])
+        self.γ, self.β, self.ε = norm.weight.double(), norm.bias.double(), norm.eps
+        self.b = self.W @ self.β + view.bias(self.first.names[0])
+
+    def read(
+        self,
+        z: Tensor,  # streams, shape (n, C)
+    ) -> tuple[Tensor, Tensor]:  # shapes (n, C) and (n, H)
+        """Streams centred, and what the first layer makes of them but for the norm's division and what it adds."""
+        z = z - z.mean(-1, keepdim=True)
+        return z, (z * self.γ) @ self.W.mT
 
     @property
     def unknowns(self) -> int:
@@ -803,6 +789,45 @@ class Places:
             u[on], fit[on] = torch.where(better[:, None], new, u[on]), torch.where(better, left, fit[on])
             damping[on] = torch.where(better, damping[on] * 0.3, damping[on] * 4).clamp(min=1e-9)
         return u, self.fit(t, u)
+
+# %% ../nbs/23_spans.ipynb #32c35ff3
+class Places(OneToken):
+    """What the spans of the first block say of one token, for each place."""
+    def __init__(
+        self,
+        suspect: Suspect,  # of an update
+        update: Update,    # the same
+        mlp: tuple[Span, Span],  # spans of its MLP's two layers
+        φ: nn.Module,      # the activation between them
+    ):
+        v, family, server = suspect.view, suspect.family, suspect.listeners[torch.float64].model
+        super().__init__(v, server, mlp, φ)
+        B, P, known = update.examples, v.patches, v.known_tokens()
+        T, C = P + len(known), v.weight(v.out).shape[1]
+        sent = evened(v.gradient(update, v.out), B * T) if v.out in update.gradients else torch.eye(C).to(known)
+        self.U = row_space(sent, B * T, update.dtype, "attention").basis
+        self.family, self.k = family, family.Q.shape[1]
+        x = torch.randn(4, *v.image_shape, generator=generator_of(0), dtype=torch.double).to(known)
+        seen = torch.cat([v.attended(v.stream(image))[-P:] for image in x])
+        by_heads = (seen @ self.U).square().mean(0).sqrt()          # how large μ is, in a rehearsal
+        by_patches = torch.full((self.k,), suspect.size, dtype=torch.double).to(known)
+        self.scale = torch.cat([by_patches, by_heads])
+        self.into = torch.cat([suspect.into, v.weight(v.out) @ self.U], 1) * self.scale
+        self.base = suspect.base + v.bias(v.out)
+        γ, β, centred = self.γ, self.β, lambda u: u - u.mean(-1, keepdim=True)
+        occupied = torch.cat([self.first.space.basis, β[:, None]], 1) if β.any() else self.first.space.basis
+        rest = torch.linalg.qr(occupied, mode="complete").Q[:, occupied.shape[1]:]
+        L, l = rest.mT @ (γ[:, None] * centred(self.into.mT).mT), (centred(self.base) * γ) @ rest
+        U, S, Vt = torch.linalg.svd(L)
+        own = family.least - family.hidden + (B - 1) * len(known)   # T(B − 1), or more where positions are dependent or patches anything
+        guess = centred(self.base + torch.randn(P, len(self.scale), generator=generator_of(0), dtype=torch.double).to(S) @ self.into.mT)
+        error = self.first.deviation(γ * guess + β * guess.square().mean(1, keepdim=True).sqrt()).median()   # of an equation
+        fixed = min(max(L.shape[1] - own, 0), int((S > ARRIVED * error).sum()))   # the others are not known to a tenth
+        self.w, self.N = -((l @ U[:, :fixed]) / S[:fixed]) @ Vt[:fixed], Vt[fixed:].mT
+        draws = torch.randn(LOOSE, fixed, generator=generator_of(0), dtype=torch.double).to(S)
+        self.z, self.y = self.read(self.base + self.w @ self.into.mT)                # (P, C), (P, H)
+        self.free = self.read(self.N.mT @ self.into.mT)                              # (n, C), (n, H)
+        self.loose = self.read(draws / S[:fixed] @ Vt[:fixed] @ self.into.mT)        # where errors of the linear equations lead
 
     def search(
         self,

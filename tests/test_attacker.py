@@ -24,7 +24,7 @@ def test_an_attack_of_the_list_takes_a_model_updates_and_terms_and_no_image_ever
 def test_the_functions_behind_the_list_take_a_model_and_updates_first_and_no_image_ever():
     behind = [f for f in vars(attacks).values() if inspect.isfunction(f) and f.__annotations__.get("return") in
               (Reconstruction, list[Reconstruction])]
-    assert {"closed_form", "patch_leakage", "ridge_leakage", "subspace_leakage", "refine", "separate", "match"} <= {f.__name__ for f in behind}
+    assert {"closed_form", "patch_leakage", "ridge_leakage", "subspace_leakage", "refine", "separate", "secret", "match"} <= {f.__name__ for f in behind}
     for f in behind:
         names = list(inspect.signature(f).parameters)
         assert names[:2] in (["model", "update"], ["model", "updates"]) and not IMAGES & set(names), f.__name__

@@ -93,9 +93,9 @@ def test_nothing_else_lists_attacks():
 
 @pytest.mark.parametrize("names, blocked", [
     (("positions",), {"closed-form", "patch", "ridge", "april"}),
-    (("patch.weight", "patch.bias"), {"patch", "ridge"}),
-    (("blocks.0.attention.q.weight",), {"closed-form", "subspace", "refine", "separate"}),
-    (BODY, {"closed-form", "patch", "ridge", "subspace", "refine", "separate", "spans", "april"}),
+    (("patch.weight", "patch.bias"), {"patch", "ridge", "secret"}),
+    (("blocks.0.attention.q.weight",), {"closed-form", "subspace", "refine", "separate", "secret"}),
+    (BODY, {"closed-form", "patch", "ridge", "subspace", "refine", "separate", "spans", "secret", "april"}),
     (("head.weight",), {"refine", "separate", "dlg", "ig", "tag", "april"})])
 def test_an_obstacle_is_a_gradient_that_was_not_sent(server, update, names, blocked):
     less = withhold(update, names)
