@@ -197,7 +197,8 @@ class Blank:
     ):
         v = self.view = block.view
         self.model, self.blank = copy.deepcopy(block.server), block.blank
-        self.positions, self.prefix = self.model.get_parameter(v.named(v.positions)), len(v.prefix)
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())   # a fixed table is a buffer
+        self.positions, self.prefix = tensors[v.named(v.positions)], len(v.prefix)
         self.own = torch.cat([v._prefix(), v.offsets() - v.weight(v.positions)[-v.patches:]])   # what the model adds by itself
         self.read: Tensor | None = None
         self.model.get_submodule(v.classifier.removesuffix(".weight")).register_forward_pre_hook(self._listen)
@@ -278,7 +279,7 @@ def laid(
     return along + below[order[..., :-1, :], order[..., 1:, :]].sum((-2, -1))
 
 def one_by_one(costs, rows, columns, first):
-    "A laying from the upper left, always the cheapest piece next."
+    """A laying from the upper left, always the cheapest piece next."""
     right, below = costs
     order, free = torch.zeros(rows, columns, dtype=torch.long), torch.ones(len(right), dtype=torch.bool)
     for r in range(rows):
@@ -291,7 +292,7 @@ def one_by_one(costs, rows, columns, first):
     return order
 
 def changed(order):
-    "Every laying that one swap of two pieces, or rolling rows and columns, makes of one."
+    """Every laying that one swap of two pieces, or rolling rows and columns, makes of one."""
     i, j = torch.triu_indices(order.numel(), order.numel(), 1)
     swapped, n = order.flatten().repeat(len(i), 1), torch.arange(len(i))
     swapped[n, i], swapped[n, j] = order.flatten()[j], order.flatten()[i]

@@ -93,6 +93,16 @@ def test_a_secret_table_whose_gradient_is_sent_keeps_not_even_the_order():
     assert (answer.positions - model.positions.detach()).std(1).max() < 1e-4   # each row but for a multiple of 1
 
 
+@pytest.mark.parametrize("positions", ["normal", "sincos2d"])
+def test_a_frozen_table_makes_no_difference(positions):
+    model = small(positions=positions)
+    x = torch.randn(2, 1, 16, 16, generator=generator_of(0), dtype=torch.double)
+    update = client_update(model, x.float(), torch.tensor([3, 5]))
+    attacker = guess_positions(model) if positions == "normal" else model   # a formula is nobody's secret
+    error, labels = off(secret(attacker, [update])[0], x)
+    assert error < 1e-3 and labels == [3, 5]
+
+
 def test_a_client_that_scales_its_gradient_is_read_all_the_same():
     model = small()
     x, update = batch(model, [3, 5])
