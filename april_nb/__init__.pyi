@@ -24,6 +24,7 @@ from . import privacy as privacy
 from . import refinement as refinement
 from . import robustness as robustness
 from . import runner as runner
+from . import secret as secret
 from . import separation as separation
 from . import spans as spans
 from . import subspace as subspace

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'DRAW', 'AGAIN', 'FEW', 'streams', 'Stranger', 'Block', 'parallel', 'strangers', 'parted', 'company',
-           'settled', 'in_images', 'Blank', 'in_place', 'labels_from', 'same_places', 'edges', 'laid', 'one_by_one',
-           'changed', 'puzzle', 'placed', 'nothing', 'secret']
+           'settled', 'in_images', 'Blank', 'in_place', 'labels_from', 'same_places', 'edges', 'laid', 'puzzle',
+           'placed', 'secret']
 
 # %% ../nbs/40_secret.ipynb #40a00003
 #| code-fold: true
@@ -33,7 +33,7 @@ from .vit import from_patches
 
 # %% ../nbs/40_secret.ipynb #40a00006
 def streams(
-    norm: nn.LayerNorm,  # in float64
+    norm: nn.Module,     # a layer norm, in float64
     span: Span,          # of layers that read it
 ) -> Tensor:             # orthonormal basis, shape (C, n)
     """The streams without their mean that a layer norm turns into what a span holds: γ z + β σ is in it."""
@@ -81,7 +81,8 @@ class Block:
         if 2 * B * self.T + 1 >= self.width:
             raise NotApplicable(f"{B} x {self.T} tokens and as many outputs of heads fill the {self.width} channels of the stream")
         blank = torch.zeros(1, *v.image_shape, dtype=torch.double, device=v.weight(v.out).device)
-        φ = activation(self.server, *[span.names[0].removesuffix(".weight") for span in mlp], blank)
+        first, second = (span.names[0].removesuffix(".weight") for span in mlp)
+        φ = activation(self.server, first, second, blank)
         if φ is None: raise NotApplicable("what stands between the first MLP's two layers is not known")
         self.token, self.blank = Stranger(v, self.server, mlp, φ), blank
         self.before = streams(self.server.get_submodule(tokens[0].norm), tokens[0])
@@ -99,7 +100,7 @@ def parallel(
     return torch.cdist(F.normalize(a), F.normalize(b)) < PARALLEL
 
 def strangers(
-    token: Stranger,
+    token: Stranger,             # the equations of one
     count: int,                  # of tokens that there are
     generator: torch.Generator,  # of first guesses
     steps: int,                  # of Gauss–Newton from each, at most
@@ -126,8 +127,8 @@ def strangers(
 
 # %% ../nbs/40_secret.ipynb #40a00015
 def parted(
-    block: Block,
-    y: Tensor,  # streams behind the attention, each up to a factor, shape (N, C)
+    block: Block,  # what its gradients say
+    y: Tensor,     # streams behind the attention, each up to a factor, shape (N, C)
 ) -> tuple[Tensor, Tensor]:  # shape (N, C) each, up to the same factors
     """The streams before the attention, and what the heads gave."""
     v = block.view
@@ -166,8 +167,8 @@ def company(
 AGAIN = 4   # times that lengths are put in
 
 def settled(
-    block: Block,
-    u: Tensor,  # coordinates of all tokens behind the attention, each up to a factor, shape (N, k)
+    block: Block,  # what its gradients say
+    u: Tensor,     # coordinates of all tokens behind the attention, each up to a factor, shape (N, k)
 ) -> tuple[Tensor, Tensor]:  # streams before the attention, shape (N, C), and π, shape (N, N)
     """Streams at their lengths, and who stands together."""
     place = torch.zeros(len(u), dtype=torch.long, device=u.device)
@@ -193,7 +194,7 @@ class Blank:
     """The server's model with a table that gives a blank image the tokens that were found."""
     def __init__(
         self,
-        block: Block,
+        block: Block,  # with the server's model
     ):
         v = self.view = block.view
         self.model, self.blank = copy.deepcopy(block.server), block.blank
@@ -225,7 +226,7 @@ class Blank:
 
 # %% ../nbs/40_secret.ipynb #40a00021
 def in_place(
-    blank: Blank,
+    blank: Blank,    # the server's model
     tokens: Tensor,  # of one image, shape (T, C)
     span: Tensor,    # orthonormal basis of what the classifier read, shape (C, B)
 ) -> tuple[Tensor, Tensor, Tensor]:  # tokens with the class token first; scores (K,) and what the classifier reads (C,)
@@ -264,20 +265,21 @@ def edges(
 ) -> tuple[Tensor, Tensor]:  # shape (P, P) each
     """What it costs to lay piece j to the right of piece i, and below it."""
     def cost(last, before, first, after):   # borders, shape (B, P, channels, side)
-        ahead, back = (last + (last - before) / 2, first + (first - after) / 2)
-        return torch.cdist(*(border.transpose(0, 1).flatten(1) for border in (ahead, back))).square()
-    x, y = patches, patches.mT
-    return tuple(cost(p[..., -1], p[..., -2], p[..., 0], p[..., 1]) for p in (x, y))
+        ahead, back = last + (last - before) / 2, first + (first - after) / 2
+        return torch.cdist(ahead.transpose(0, 1).flatten(1), back.transpose(0, 1).flatten(1)).square()
+    right, below = (cost(p[..., -1], p[..., -2], p[..., 0], p[..., 1]) for p in (patches, patches.mT))
+    return right, below
 
 def laid(
-    costs: tuple[Tensor, Tensor],  # to the right, and below
-    order: Tensor,                 # pieces, shape (…, rows, columns)
-) -> Tensor:                       # shape (…)
+    costs: Sequence[Tensor],  # to the right, and below
+    order: Tensor,            # pieces, shape (…, rows, columns)
+) -> Tensor:                  # shape (…)
     """The cost of a whole laying."""
     right, below = costs
     along = right[order[..., :-1], order[..., 1:]].sum((-2, -1))
     return along + below[order[..., :-1, :], order[..., 1:, :]].sum((-2, -1))
 
+# %% ../nbs/40_secret.ipynb #40a0023b
 def one_by_one(costs, rows, columns, first):
     """A laying from the upper left, always the cheapest piece next."""
     right, below = costs
@@ -299,12 +301,13 @@ def changed(order):
     rolled = [order.roll((r, c), (0, 1)) for r in range(order.shape[0]) for c in range(order.shape[1])]
     return torch.cat([swapped.view(-1, *order.shape), torch.stack(rolled)])
 
+# %% ../nbs/40_secret.ipynb #40a0023c
 def puzzle(
     patches: Tensor,  # of images with one order, shape (B, P, channels, side, side)
     rows: int,        # of the picture
 ) -> Tensor:          # pieces in their places, row by row, shape (P,)
     """The order in which edges continue each other best, as far as a search finds it."""
-    costs = tuple(cost.cpu() for cost in edges(patches))
+    costs = [cost.cpu() for cost in edges(patches)]
     columns = patches.shape[1] // rows
     starts = [one_by_one(costs, rows, columns, first) for first in range(patches.shape[1])]
     found = []
@@ -319,8 +322,13 @@ def puzzle(
     return min(found, key=lambda one: one[0])[1].flatten().to(patches.device)
 
 # %% ../nbs/40_secret.ipynb #40a00025
+def nothing(block, verdict, reason):
+    """The answer without an image."""
+    return Reconstruction(torch.zeros(0, *block.view.image_shape, dtype=torch.double), (), math.inf, verdict, reason)
+
+# %% ../nbs/40_secret.ipynb #40a0025b
 def placed(
-    block: Block,
+    block: Block,    # what its gradients say
     update: Update,  # what the client sent
     z: Tensor,       # all tokens, shape (N, C)
     π: Tensor,       # who stands together, shape (N, N)
@@ -364,10 +372,7 @@ def placed(
     if not told: reason += "; that is of patches: their order is in no update, and edges have chosen it"
     return Reconstruction(images, systems, error, verdict, reason, labels, positions=table)
 
-def nothing(block, verdict, reason):
-    """The answer without an image."""
-    return Reconstruction(torch.zeros(0, *block.view.image_shape, dtype=torch.double), (), math.inf, verdict, reason)
-
+# %% ../nbs/40_secret.ipynb #40a0025c
 def secret(
     model: nn.Module,              # the server's model; its positions are not looked at
     updates: Sequence[Update],     # one for each victim

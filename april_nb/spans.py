@@ -663,7 +663,7 @@ class OneToken:
         return self.second.rest.shape[1]
 
     @cached_property
-    def coarse(self) -> "Places":
+    def coarse(self) -> "OneToken":
         """The same equations of fewer hidden units, where there are twice as many as a search needs."""
         (H, M), V = self.second.space.basis.shape, self.second.space.basis
         units = M + math.ceil(SPARE * self.unknowns)

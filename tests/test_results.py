@@ -75,10 +75,11 @@ def test_defences_are_held_against_the_best_attack():
     assert result("Every attack on every defence") == " / ".join(mid(best(spec)) for spec in noise) + " dB"
     kept = ["+".join(f"withhold:{part}" for part in parts) for parts in (
         ["positions"], ["positions", "patch"], ["positions", "patch", "block"], ["body"])]
-    fixed = best("", "sincos2d")
+    fixed, unknown = best("", "sincos2d"), best("", "learned/secret")
     assert result("… after withholding") == (" / ".join(mid(best(spec)) for spec in kept)
-                                             + f" dB; {mid(fixed)} (Theorem 5, n = {len(fixed)})")
-    assert fixed[0]["method"] == "spans"
+                                             + f" dB; {mid(fixed)} (Theorem 5, n = {len(fixed)}); {mid(unknown)} "
+                                             f"(Theorem 6, n = {len(unknown)}; with the patches in the order of their edges)")
+    assert fixed[0]["method"] == "spans" and unknown[0]["method"] == "secret"
 
 
 def test_batches_image_by_image():
