@@ -385,7 +385,7 @@ def secret(
 ) -> list[Reconstruction]:         # one for each victim: its images, with labels and the table
     """Images from an update whose positions are known to nobody but the client (Theorem 6).
 
-    Their order within the images, the same for all of a batch, is a guess by edges unless the position gradient was sent.
+    The order of the patches, the same in all images of a batch, is a guess by edges unless the position gradient was sent.
 
     Raises
     ------
