@@ -23,10 +23,8 @@ from .certificate import EXACT, Reconstruction, System, solve, standard_error
 from .federated import Update, generator_of, logits
 from .metrics import best_assignment
 from .patch import shrinkage
-from april_nb.spans import (
-    AT_ONCE, NEARLY, RIGHT, OneToken, Span, activation, differentiable, input_spans, linear_spans, mlp_of, share,
-    unexplained, without,
-)
+from .spans import NEARLY, RIGHT, OneToken, Span, activation, differentiable, input_spans, linear_spans, mlp_of
+from .spans import share, unexplained, without
 from .subspace import EXPLAINED, evened, row_space
 from .views import NotApplicable, View, view
 from .vit import from_patches
@@ -71,15 +69,15 @@ class Block:
         self.view, self.server = view(model), differentiable(model, torch.float64)
         v, B = self.view, update.examples
         if len(v.prefix) > 1 or v.bare: raise NotApplicable("Theorem 6 knows models with at most one token beside the patches")
-        self.T, self.width = v.patches + len(v.prefix), v.weight(v.patch_weight).shape[0]
+        self.T, C = v.patches + len(v.prefix), len(v.weight(v.patch_weight))
         known = input_spans(model, update, 4)
         mlp = mlp_of(known)
         tokens = [span for span in linear_spans(model, update) if span.norm and set(v.qkv) & set(span.names)]
         if not (mlp and tokens and v.out in update.gradients):
             raise NotApplicable("Theorem 6 reads the gradients of all linear layers of the first block, between layer norms, "
                                 f"and more channels than {B} x {self.T} tokens: a part is missing")
-        if 2 * B * self.T + 1 >= self.width:
-            raise NotApplicable(f"{B} x {self.T} tokens and as many outputs of heads fill the {self.width} channels of the stream")
+        if 2 * B * self.T + 1 >= C:
+            raise NotApplicable(f"{B} x {self.T} tokens and as many outputs of heads fill the {C} channels of the stream")
         blank = torch.zeros(1, *v.image_shape, dtype=torch.double, device=v.weight(v.out).device)
         first, second = (span.names[0].removesuffix(".weight") for span in mlp)
         φ = activation(self.server, first, second, blank)
@@ -110,13 +108,12 @@ def strangers(
 ) -> Tensor:                     # coordinates of different tokens, shape (n, k)
     """Tokens at which descents from random first guesses end."""
     found, idle = token.N[:0] if found is None else found, 0
-    chunk = max(int(AT_ONCE / token.coarse.free[1].numel()), 1)
     descend = lambda which, u: which.descend(torch.zeros(len(u), dtype=torch.long, device=u.device), u, steps)
     while len(found) < count and idle < patience:
         u = torch.randn(DRAW, len(token.N), generator=generator, dtype=torch.double).to(token.N)
         basis = torch.linalg.qr(found.mT).Q
         u = u - torch.rand(len(u), 1, generator=generator, dtype=torch.double).to(u) * (u @ basis @ basis.mT)
-        u, fit = map(torch.cat, zip(*(descend(token.coarse, part) for part in u.split(chunk))))
+        u, fit = map(torch.cat, zip(*(descend(token.coarse, part) for part in u.split(token.at_once))))
         u, fit = descend(token, u[fit < NEARLY])
         before = len(found)
         for end in u[fit < RIGHT]:
@@ -196,7 +193,7 @@ class Blank:
         self,
         block: Block,  # with the server's model
     ):
-        v = self.view = block.view
+        v = block.view
         self.model, self.blank = copy.deepcopy(block.server), block.blank
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())   # a fixed table is a buffer
         self.positions, self.prefix = tensors[v.named(v.positions)], len(v.prefix)

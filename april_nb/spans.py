@@ -662,6 +662,11 @@ class OneToken:
         """H − M, of one token."""
         return self.second.rest.shape[1]
 
+    @property
+    def at_once(self) -> int:
+        """How many tokens descend side by side on the coarse equations."""
+        return max(int(AT_ONCE / max(self.coarse.free[1].numel(), 1)), 1)
+
     @cached_property
     def coarse(self) -> "OneToken":
         """The same equations of fewer hidden units, where there are twice as many as a search needs."""
@@ -839,7 +844,7 @@ class Places(OneToken):
         told: Callable[[float, Tensor], bool] = lambda fit, X: True,  # of fit and patches (P, D); False ends it
     ) -> Tokens:                     # wherever the descents end
         """A token of each place, from a random first guess each; as sharp as the coarse equations make it."""
-        chunk, found, coarse = max(int(AT_ONCE / max(self.coarse.free[1].numel(), 1)), 1), [], self.coarse
+        found, coarse = [], self.coarse
         start = torch.randn(len(places), len(self.N), generator=generator, dtype=torch.double).to(self.N)
         hold = 0.0
         if like is not None:
@@ -847,7 +852,7 @@ class Places(OneToken):
             start[:, :self.k] *= torch.rand((), generator=generator)
             start[:, self.k:] = self.U.mT @ like / self.scale[self.k:]
         start = (start - self.w[places]) @ self.N
-        for some, u in zip(places.split(chunk), start.split(chunk)):
+        for some, u in zip(places.split(self.at_once), start.split(self.at_once)):
             if known is not None and len(known.x): u, _ = coarse.descend(some, u, steps, known, hold)
             u, _ = coarse.descend(some, u, steps)   # what stands beside one that is known falls back
             found.append(self.tokens(some, u, self.fit(some, u)))
