@@ -321,6 +321,17 @@ def span_arms(preset):
     hidden = ("withhold:positions", "withhold:patch")
     yield Arm("photos", "B", "spans", restarts=2, defense=hidden), {"quick": 0, "paper": 1}[preset]   # ViT-B/16
 
+def secret_arms(preset):
+    """Theorem 6, which asks no position of a token, where the server has the table to put the patches in order (chapter 40)."""
+    common = dict(arch="B", method="secret", know="withheld")
+    pair, pairs = dict(batch=2, classes="pair", **common), {"quick": 2, "paper": 20}[preset]
+    for init in ("torch", "timm"): yield Arm("mnist", init=init, epochs={"quick": 0, "paper": 12}[preset], **pair), pairs
+    for epochs in (0, 1, 5, 20, 40):
+        for init in ("torch", "timm"): yield Arm("cifar10", init=init, epochs=epochs, **pair), {"quick": 0, "paper": 20}[preset]
+    for init in ("torch", "timm"):
+        yield Arm("cifar10", init=init, batch=4, classes="random", **common), {"quick": 0, "paper": 40}[preset]
+    yield Arm("cifar10", dtype="float16", **pair), {"quick": 0, "paper": 10}[preset]
+
 # what the clients of chapter 28 do, each with the positions of their model and what the server knows of them
 DEFENDED = [(spec.split(), "learned", "shared") for spec in (
     "", "clip:1", "l1-clip:10", "gaussian:0.001*rms", "gaussian:0.01*rms", "gaussian:0.1*rms", "gaussian:1*rms",
@@ -451,7 +462,8 @@ def tuning_arms(preset):
 EXPERIMENTS = {"batches": batch_arms, "closed_form": closed_form_arms, "defenses": defense_arms,
                "fig2": figure2_arms, "fig3": figure3_arms,
                "fig4": figure4_arms, "fig5": width_arms, "fig6": figure6_arms, "fig8": figure8_arms,
-               "noise-price": price_arms, "patch": patch_arms, "sensitivity": sensitivity_arms, "spans": span_arms,
+               "noise-price": price_arms, "patch": patch_arms, "secret": secret_arms,
+               "sensitivity": sensitivity_arms, "spans": span_arms,
                "subspace": subspace_arms, "table1": table1_arms, "table1-b32": full_length_arms, "tuning": tuning_arms}
 SAME = {"fig7": "fig8"}   # the paper's Figure 7 shows pictures of the runs whose curves are Figure 8
 

@@ -12,7 +12,8 @@ from april_nb.attacks import best_attack, check_update
 from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update, generator_of
 from april_nb.metrics import best_assignment
-from april_nb.secret import Block, company, edges, in_images, laid, parted, puzzle, same_places, secret, settled, strangers
+from april_nb.secret import Block, company, edges, in_images, in_order, laid, parted, puzzle, same_places, secret, settled
+from april_nb.secret import strangers
 from april_nb.views import NotApplicable, view
 from april_nb.vit import ViT, guess_positions, init_timm, init_torch, to_patches
 
@@ -70,6 +71,35 @@ def test_the_table_comes_back_with_its_rows_in_the_order_of_the_patches():
     centred = lambda E: E - E.mean(1, keepdim=True)
     E = centred(answer.positions)[torch.cat([torch.zeros(1, dtype=torch.long), 1 + order])]
     assert (E - centred(model.positions.detach().double().view(E.shape))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("labels", [[4], [4, 4], [2, 0, 2]])
+def test_a_server_that_knows_the_table_has_the_order_from_it(labels):
+    model = small()
+    x, update = batch(model, labels)
+    answer, = secret(model, [update])
+    images = answer.images[best_assignment(answer.images, x)]
+    assert (images - x).square().mean().sqrt() < 1e-3 and "order" not in answer.reason
+    left = answer.systems[-1].relative_residual
+    assert answer.verdict == ("exact" if left < 100 * torch.finfo(torch.float32).eps else "approximate")
+
+
+def test_a_table_from_some_rounds_ago_has_the_order_as_well():
+    model, old = small(), small()
+    old.positions.data += 0.03 * torch.randn(old.positions.shape, generator=generator_of(4))
+    x, update = batch(model, [1, 5])
+    answer, = secret(old, [update])
+    images = answer.images[best_assignment(answer.images, x)]
+    assert (images - x).square().mean().sqrt() < 1e-3 and "order" not in answer.reason
+
+
+def test_rows_are_put_where_a_table_has_them_and_a_table_without_places_says_nothing():
+    E = torch.randn(4, 6, generator=generator_of(0), dtype=torch.double)
+    shuffle = torch.tensor([2, 0, 3, 1])
+    order, told = in_order(E[shuffle] + 7.0, E)
+    assert told and torch.equal(E[shuffle][order], E)
+    assert not in_order(E[shuffle], torch.randn(4, 6, generator=generator_of(1), dtype=torch.double))[1]
+    assert not in_order(torch.zeros(4, 6).double(), torch.zeros(4, 6).double())[1]   # all rows are one
 
 
 def test_the_attacker_s_own_table_does_not_matter_nor_is_her_model_changed():
