@@ -12,8 +12,8 @@ from april_nb.attacks import best_attack, check_update
 from april_nb.defenses import clip, gaussian, withhold
 from april_nb.federated import MissingGradient, client_update, generator_of
 from april_nb.metrics import best_assignment
-from april_nb.secret import Block, company, edges, in_images, in_order, laid, parted, puzzle, same_places, secret, settled
-from april_nb.secret import strangers
+from april_nb.secret import DRAW, Block, company, edges, guesses, in_images, in_order, laid, parted, puzzle, same_places, secret
+from april_nb.secret import settled, strangers
 from april_nb.views import NotApplicable, view
 from april_nb.vit import ViT, guess_positions, init_timm, init_torch, to_patches
 
@@ -82,6 +82,25 @@ def test_a_server_that_knows_the_table_has_the_order_from_it(labels):
     assert (images - x).square().mean().sqrt() < 1e-3 and "order" not in answer.reason
     left = answer.systems[-1].relative_residual
     assert answer.verdict == ("exact" if left < 100 * torch.finfo(torch.float32).eps else "approximate")
+
+
+def test_a_server_that_knows_the_table_polishes_what_its_tokens_leave_blunt():
+    model = small(init=init_timm)
+    x, _ = batch(model, [3, 5])
+    x[1, :, :8] = x[0, :, :8] + 0.01 * x[1, :, :8]   # two of four patches are all but the other image's
+    update = client_update(model, x.float(), torch.tensor([3, 5]), withheld=("positions",))
+    (blunt, _), (sharp, labels) = off(secret(guess_positions(model), [update])[0], x), off(secret(model, [update])[0], x)
+    assert sharp < blunt / 5 and labels == [3, 5]
+
+
+def test_half_of_the_first_guesses_resemble_the_tokens_that_were_found():
+    found = torch.randn(3, 20, generator=generator_of(0), dtype=torch.double)
+    Q = torch.linalg.qr(found.mT).Q
+    for known, share in ((found[:0], 0.0), (found[:1], 0.0), (found, 0.5)):
+        u = guesses(known, generator_of(1))
+        assert u.shape == (DRAW, 20) and torch.equal(u, guesses(known, generator_of(1)))
+        within = (u @ Q).norm(dim=1) / u.norm(dim=1)
+        assert ((within > 0.8).double().mean().item() > 0.4) == (share > 0) and (within < 0.6).double().mean() > 0.4
 
 
 def test_a_table_from_some_rounds_ago_has_the_order_as_well():
