@@ -65,7 +65,8 @@ def best(spec, positions="learned"):
 
 def test_photographs_on_a_smaller_model_come_back_by_search():
     some = group(rows("table1-b32"), "method")
-    means = ", ".join(f"{name} {values(some[m,], 'mse').mean():.2g}" for m, name in (("dlg", "DLG"), ("ig", "IG"), ("april", "APRIL")))
+    means = ", ".join(f"{name} {values(some[m,], 'mse').mean():.2g}" for m, name in (("dlg", "DLG"), ("ig", "IG"), ("tag", "TAG"), ("april", "APRIL")))
+    assert set(some) == {("dlg",), ("ig",), ("tag",), ("april",)}
     assert result("… ImageNet, two photographs on a ViT-B/32") == f"mean MSE: {means}"
     assert all(len(pair) == 2 and {r["steps"] for r in pair} == {5000} for pair in some.values())
 
