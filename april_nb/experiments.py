@@ -287,6 +287,8 @@ def batch_arms(preset):
     for batch, classes, some in [(2, "distinct", 500), (4, "distinct", 500), (8, "distinct", 400),
                                  (8, "random", 800), (2, "pair", 1000)]:
         yield Arm("cifar10", "B", "separate", batch=batch, classes=classes, steps=steps or some, **common), n * batch
+    alike = {"relative": True} | BY_LBFGS   # the same loss and optimiser, in pixels
+    yield Arm("cifar10", "B", "dlg", batch=4, classes="distinct", steps=steps or 300, attack=alike, know="withheld"), 4 * n
     yield Arm("cifar10", "B", "separate", batch=2, classes="pair", steps=steps or 500, restarts=4, know="withheld"), 2 * n
     for defense in ((), ("gaussian:0.001*rms",), ("gaussian:0.01*rms",), ("quantize:12",)):   # what either search stands
         few, pair = 2 * {"quick": 1, "paper": 4}[preset], dict(batch=2, classes="distinct", know="withheld", defense=defense)
@@ -673,7 +675,7 @@ def position_trainings(preset):
 def noise_trainings(preset):
     """What noise costs in accuracy (chapter 35)."""
     some = {"quick": dict(images=200, steps=4, batch=20, every=2), "paper": {}}[preset]
-    rates = {0.0: (2.0,), 0.5: (2.0,), 1.0: (2.0,), 2.0: (1.0, 2.0), 4.0: (0.5, 1.0, 2.0), 8.0: (0.25, 0.5, 2.0)}
+    rates = dict.fromkeys((0.0, 0.5, 1.0), (1.0, 2.0, 4.0)) | {2.0: (1.0, 2.0), 4.0: (0.5, 1.0, 2.0), 8.0: (0.25, 0.5, 1.0, 2.0)}
     for z, lrs in rates.items():
         for lr in lrs: yield PrivateTraining("mnist", z, lr=lr, **some), {"quick": 1, "paper": 2}[preset]
 

@@ -60,6 +60,10 @@ def test_chapter_11_leaves_no_answer_out_silently():
     foretold, = re.findall(r'"(\d+) attacks: true minus foretold', text)
     left_out, all_of_them = re.findall(r"(\d+) of (\d+) answers have no foretold error", text)[-1]
     assert int(foretold) + int(left_out) == int(all_of_them)
+    half, all_within = re.findall(r"half of them within ([\d.]+) dB.*?all within (\d+) dB", text)[-1]
+    assert all_within == "18" and "within the eighteen printed above" in text
+    back = (ROOT / "back" / "results.md").read_text(encoding="utf-8")
+    assert f"{foretold} of {all_of_them} attacks from 0 to 290 dB; the other {left_out} are called not unique | half within {half} dB, all within {all_within} |" in back
 
 
 def batch_answer(width, patch=8):
@@ -160,7 +164,13 @@ def test_chapter_16_counts_attacks_where_it_counted_images():
 def test_chapters_16_and_22_say_what_l_bfgs_in_pixels_makes_of_batches_and_of_how_many():
     some = {B: [r for r in ROWS("fig4") if f"batch={B} " in r["config"] and "lbfgs" in r["config"]] for B in (2, 4, 8)}
     db = [f"{values(rows, 'psnr').quantile(0.5):.0f}" for rows in some.values()]
-    assert "come to {}, {} and {} dB in 1,500 steps".format(*db) in prose("22_separation")
+    assert "comes to {}, {} and {} dB for two, four and eight images".format(*db) in prose("22_separation")
+    like = [r for r in ROWS("batches") if "batch=4 classes=distinct" in r["config"] and r["steps"] == 300]
+    span, pixels = ([r for r in like if r["method"] == method] for method in ("separate", "dlg"))
+    assert {r["image_id"] for r in span} == {r["image_id"] for r in pixels} and len(pixels) == len(span) == 40
+    medians = [values(some, "psnr").quantile(0.5).item() for some in (pixels, span)]
+    assert medians[0] + 30 < medians[1] and "pixels: median {:.0f} dB".format(medians[0]) in outputs("22_separation")
+    assert "span: median {:.0f} dB".format(medians[1]) in outputs("22_separation")
     words = {1: "one", 8: "eight"}
     assert "{} pairs, {} batches of four and {} of eight".format(*(words[len(some[B]) // B] for B in some)) in prose("16_batches")
 
@@ -238,6 +248,7 @@ def test_chapter_17_draws_its_line_where_hardly_a_blind_guess_gets_and_ssim_agre
     rows = ROWS("fig6") + ROWS("defenses")
     pairs = [(r["psnr"] >= 20, r["ssim"] >= 0.5) for r in rows]
     by_psnr, by_ssim = pairs.count((True, False)), pairs.count((False, True))
+    assert f"of {len(rows)} rows fall on the same side" in text
     assert f"{by_psnr} are pictures by PSNR only, {by_ssim} by SSIM only" in text
     assert (by_psnr + by_ssim) / len(rows) < 0.1 and 0.85 < by_ssim / (by_psnr + by_ssim) < 0.95   # "nine rows of ten", "nine times in ten"
 
