@@ -267,7 +267,7 @@ def same_places(
     return torch.stack([torch.cdist(E[0], rows).argmin(1) for rows in E])
 
 # %% ../nbs/40_secret.ipynb #40a0022a
-SAME = 0.1   # of the least distance between two rows of a table: one that is as near as that is the row
+SAME = 1 / 3   # of the least distance between two rows of a table: what is closer than that to a row is no other
 
 def in_order(
     E: Tensor,      # rows of the table that were found, in any order, shape (P, C)
