@@ -63,7 +63,7 @@ class Block:
     """What the first block's gradients say of tokens, wherever they stand."""
     def __init__(
         self,
-        model: nn.Module,  # the server's model; its positions are not looked at
+        model: nn.Module,  # the server's model; its positions need not be the client's
         update: Update,    # what the client sent
     ):
         self.view, self.server = view(model), differentiable(model, torch.float64)
@@ -356,7 +356,7 @@ def remainder(
     labels: Tensor,    # their classes, shape (B,)
 ) -> float:            # relative to the norm of what was sent
     """What images and labels cannot explain of an update, whatever the client multiplied it with."""
-    rest = update
+    rest = replace(update, gradients={name: g.double() for name, g in update.gradients.items()})   # a scale is not yet known
     for image, y in zip(images.split(1), labels.tolist()): rest = without(rest, share(model, update, image, y))
     return unexplained(update, rest)
 
@@ -405,21 +405,21 @@ def placed(
 
 # %% ../nbs/40_secret.ipynb #40a0025e
 def polished(
-    model: nn.Module,        # the server's, whose positions are the client's
+    model: nn.Module,        # the server's, whose positions may be the client's
     update: Update,          # what the client sent
     answer: Reconstruction,  # from its tokens
     seconds: float,          # at most
 ) -> Reconstruction:         # the same images
-    """Images from tokens, polished on the spans of all layers, if they then explain more of the update."""
+    """Images from tokens, polished on the spans of all layers, if the server's own table explains the update with them."""
     sharp, = spans(model, [update], restarts=0, seconds=seconds, found=[answer])
-    labels = answer.labels if sharp.labels is None else sharp.labels   # where one image is Theorem 4's
-    server = differentiable(model, torch.float64)
-    left = lambda one: remainder(server, update, one.images, labels)
-    return replace(sharp, labels=labels, positions=answer.positions) if left(sharp) < left(answer) else answer
+    if sharp.labels is None: sharp = replace(sharp, labels=answer.labels)   # of one image, by Theorem 4
+    left = remainder(differentiable(model, torch.float64), update, sharp.images, sharp.labels)
+    if left > 2 * answer.systems[-1].relative_residual: return answer       # a table that is only like the client's
+    return replace(sharp, positions=answer.positions)
 
 # %% ../nbs/40_secret.ipynb #40a0025c
 def secret(
-    model: nn.Module,              # the server's model; of its positions nothing is asked but the order
+    model: nn.Module,              # the server's model; its positions are asked for an order, and for polishing if they are the client's
     updates: Sequence[Update],     # one for each victim
     steps: int = 60,               # of Gauss–Newton from a first guess, at most
     seeds: Sequence[int] | None = None,  # of the first guesses (default: 0, 1, …)

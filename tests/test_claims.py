@@ -175,6 +175,19 @@ def test_chapters_16_and_22_say_what_l_bfgs_in_pixels_makes_of_batches_and_of_ho
     assert "{} pairs, {} batches of four and {} of eight".format(*(words[len(some[B]) // B] for B in some)) in prose("16_batches")
 
 
+def test_theorem_6_brings_back_pairs_of_digits_that_theorem_5_leaves_out():
+    def whole(experiment, init):
+        some = [r for r in ROWS(experiment) if r["dataset"] == "mnist" and f"init={init} " in r["config"]]
+        pairs = {min(r["image_id"] for r in pair): min(r["psnr"] for r in pair) for pair in group(some, "loss").values()}
+        return {pair for pair, p in pairs.items() if p >= 50}, set(pairs)
+    missing, back = 0, 0
+    for init in ("torch", "timm"):
+        (by_places, pairs), (by_tokens, same) = whole("spans", init), whole("secret", init)
+        assert pairs == same and len(pairs) == 10
+        missing, back = missing + len(pairs - by_places), back + len(by_tokens - by_places)
+    assert (missing, back) == (8, 6) and "has six of these eight pairs" in prose("23_spans")
+
+
 def test_without_positions_every_order_of_the_patches_has_the_same_update():
     model = vit("vit_cifar", "B", positions="none").double()
     g = torch.Generator().manual_seed(0)

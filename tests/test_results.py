@@ -117,6 +117,19 @@ def test_batches_image_by_image():
         assert some == found == count[name.split()[1]] and f"lowest {lowest} dB" in result(name)
 
 
+def test_batches_by_tokens_that_are_asked_for_no_place():
+    def whole(experiment, dataset, init, epochs):
+        config = f"init={init} batch=2 classes=pair" + " restarts=10" * (experiment == "spans") + f" epochs={epochs}"
+        some = group(rows(experiment, dataset=dataset, dtype="float32", config=config), "loss").values()
+        assert len(some) == 10
+        return {min(r["image_id"] for r in one): values(one, "psnr").min().item() for one in some if values(one, "psnr").min() >= 50}
+    said = [("mnist", "torch", 12), ("mnist", "timm", 12), ("cifar10", "timm", 5)]
+    found, others = ([whole(experiment, *one) for one in said] for experiment in ("secret", "spans"))
+    three = "{} / {}; and {}".format
+    assert (three(*map(len, found)) + " of ten whole, with Theorem 5's " + three(*(len(a.keys() | b.keys()) for a, b in zip(found, others)))
+            + ". Lowest image of its whole batches " + three(*(f"{min(one.values()):.0f}" for one in found)) + " dB") == result("… **Theorem 6**")
+
+
 def test_batches_from_trained_models_and_from_noisy_updates():
     def whole(config, dataset="cifar10", dtype="float32"):
         some = group(rows("spans", dataset=dataset, dtype=dtype, config=f"init={config}"), "loss").values()
