@@ -89,7 +89,7 @@ class Block:
 
 # %% ../nbs/40_secret.ipynb #40a00012
 PARALLEL = 2e-3   # streams whose directions are closer than this are one
-DRAW = 64         # first guesses at once
+DRAW = 128        # first guesses at once
 
 def parallel(
     a: Tensor,  # shape (n, k)
