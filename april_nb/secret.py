@@ -406,6 +406,7 @@ def placed(
 # %% ../nbs/40_secret.ipynb #40a0025e
 def polished(
     model: nn.Module,        # the server's, whose positions may be the client's
+    server: nn.Module,       # the same in float64
     update: Update,          # what the client sent
     answer: Reconstruction,  # from its tokens
     seconds: float,          # at most
@@ -413,7 +414,7 @@ def polished(
     """Images from tokens, polished on the spans of all layers, if the server's own table explains the update with them."""
     sharp, = spans(model, [update], restarts=0, seconds=seconds, found=[answer])
     if sharp.labels is None: sharp = replace(sharp, labels=answer.labels)   # of one image, by Theorem 4
-    left = remainder(differentiable(model, torch.float64), update, sharp.images, sharp.labels)
+    left = remainder(server, update, sharp.images, sharp.labels)
     if left > 2 * answer.systems[-1].relative_residual: return answer       # a table that is only like the client's
     return replace(sharp, positions=answer.positions)
 
@@ -455,7 +456,7 @@ def secret(
         if len(u) == N:
             answer = placed(block, update, *settled(block, u))
             if len(answer.images) and in_order(answer.positions[-block.view.patches:], block.table)[1]:
-                answer = polished(model, update, answer, end - time.monotonic())
+                answer = polished(model, block.server, update, answer, end - time.monotonic())
         else: answer = nothing(block, "not-converged", f"{len(u)} of {N} tokens found; more time or other first guesses go on from here")
         answers.append(replace(answer, history=torch.tensor(history), finished=len(u) == N or time.monotonic() < end))
     return answers
